@@ -1,0 +1,39 @@
+# Two commands: `make demo` shows the product on a real model, `make test` is what CI runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := .demo
+WORKERS ?= 2
+
+.PHONY: demo test unit lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(DEMO)/model.gguf: $(VENV)/.installed ci/demo_model.sh
+	bash ci/demo_model.sh $(BIN) $(DEMO)
+
+demo: $(DEMO)/model.gguf
+	$(BIN)/lowprec calibrate $(DEMO)/model.gguf --budget 5% --effort fast --out $(DEMO)/run
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test: lint $(DEMO)/model.gguf
+	bash ci/browser.sh
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(DEMO) build *.egg-info

@@ -1,0 +1,146 @@
+"""The slow truth of every op: the plainest code that is right, on any device, by name in `REFERENCES`.
+
+    quantize   s_t = max(max_k |x_tk| / q, 1e-12),  codes = round(x / s_t)             q = 127 (int8), 448 (fp8 e4m3)
+    w8a8       y = s_t s_n sum_k xc_tk wc_nk + b
+    w8a16      y = s_n sum_k x_tk wc_nk + b
+    w4a16      y = sum_g s_ng sum_{k in g} x_tk wc_nk + b
+    w4a8       y = s_t sum_g s_ng sum_{k in g} xc_tk wc_nk + b
+
+Sums over codes are done in float64, in which any sum of int8 products is exact, so the integer accumulators are those
+of an int32 unit bit for bit (K < 133,000, where int32 itself would overflow). Everything is rounded once, at the end.
+
+Values that are not finite: a row of x that holds NaN or infinity gets the scale NaN, so its whole output is NaN and
+no other row is touched. A fixed (static) scale saturates infinity and has no way to mark NaN in int8: it becomes 0.
+Sources: LLM.int8 (arXiv 2208.07339, eq. 3) for vector-wise scales; OCP OFP8 revision 1.0 for e4m3.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowprec_kernels.packing import unpack_int4
+
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+TINY_SCALE = 1e-12
+
+
+def per_token_scale(x: Tensor, largest: float) -> Tensor:
+    """x [M, K] -> [M, 1] float32: max |x| / `largest`, at least 1e-12; NaN where the row is not finite."""
+    scale = (x.to(torch.float32).abs().amax(-1, keepdim=True) / largest).clamp_min(TINY_SCALE)
+    return torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def quantize_per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] float -> codes [M, K] int8 in [-127, 127], scale [M, 1] float32."""
+    scale = per_token_scale(x, INT8_MAX)
+    codes = (x.to(torch.float32) / scale).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes.nan_to_num(0.0).to(torch.int8), scale
+
+
+def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] float -> codes [M, K] float8_e4m3fn in [-448, 448], scale [M, 1] float32."""
+    scale = per_token_scale(x, FP8_MAX)
+    codes = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX)
+    return codes.nan_to_num(0.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_static(x: Tensor, scale: Tensor, kind: Literal["int8", "fp8"]) -> Tensor:
+    """x [M, K] float, one calibrated scale -> codes [M, K] int8 or float8_e4m3fn, saturating; NaN becomes 0 in int8."""
+    codes = x.to(torch.float32) / scale
+    if kind == "int8":
+        return codes.round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
+    return codes.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def accumulate_int8(x_codes: Tensor, w_codes: Tensor) -> Tensor:
+    """x_codes [M, K], w_codes [N, K] int8 -> [M, N] int32, exact."""
+    return (x_codes.to(torch.float64) @ w_codes.to(torch.float64).t()).to(torch.int32)
+
+
+def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias.to(torch.float64)).to(out_dtype)
+
+
+def grouped_weight(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+    """[N, K/8] words and [N, K/G] scales -> [N, K] float64."""
+    codes = unpack_int4(w_packed).to(torch.float64)
+    grouped = codes.reshape(*w_scale.shape, group_size)
+    return (grouped * w_scale.to(torch.float64)[..., None]).reshape(codes.shape)
+
+
+def w8a8_int8_gemm(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """[M, K] int8, [M, 1], [N, K] int8, [N, 1], [N] or None -> [M, N] `out_dtype`."""
+    sums = accumulate_int8(x_codes, w_codes).to(torch.float64)
+    return _finish(sums * x_scale.to(torch.float64) * w_scale.to(torch.float64).t(), bias, out_dtype)
+
+
+def w8a8_fp8_gemm(
+    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """[M, K] e4m3, [M, 1], [N, K] e4m3, [N, 1], [N] or None -> [M, N] `out_dtype`."""
+    sums = x_codes.to(torch.float64) @ w_codes.to(torch.float64).t()
+    return _finish(sums * x_scale.to(torch.float64) * w_scale.to(torch.float64).t(), bias, out_dtype)
+
+
+def w8a16_gemm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] float, w_codes [N, K] int8, w_scale [N, 1], bias [N] or None -> [M, N] in x's dtype."""
+    sums = x.to(torch.float64) @ w_codes.to(torch.float64).t()
+    return _finish(sums * w_scale.to(torch.float64).t(), bias, x.dtype)
+
+
+def w4a16_gemm(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """x [M, K] float, w_packed [N, K/8] int32, w_scale [N, K/G], bias [N] or None -> [M, N] in x's dtype."""
+    return _finish(x.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size).t(), bias, x.dtype)
+
+
+def w4a8_int8_gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """[M, K] int8, [M, 1], [N, K/8] int32, [N, K/G], [N] or None -> [M, N]; one exact integer sum per group."""
+    w_codes = unpack_int4(w_packed)
+    y = x_scale.new_zeros(x_codes.shape[0], w_codes.shape[0], dtype=torch.float64)
+    for group in range(w_scale.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        sums = accumulate_int8(x_codes[:, columns], w_codes[:, columns])
+        y += sums.to(torch.float64) * w_scale[:, group].to(torch.float64)
+    return _finish(y * x_scale.to(torch.float64), bias, out_dtype)
+
+
+def w4a8_fp8_gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """[M, K] e4m3, [M, 1], [N, K/8] int32, [N, K/G], [N] or None -> [M, N] `out_dtype`."""
+    sums = x_codes.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size).t()
+    return _finish(sums * x_scale.to(torch.float64), bias, out_dtype)
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        quantize_per_token_int8,
+        quantize_per_token_fp8,
+        w8a8_int8_gemm,
+        w8a8_fp8_gemm,
+        w8a16_gemm,
+        w4a16_gemm,
+        w4a8_int8_gemm,
+        w4a8_fp8_gemm,
+    )
+}

@@ -1,0 +1,136 @@
+"""The library: `optimize` for all of it, and the verbs it is made of.
+
+    report = lowprec.optimize("path/to/model", budget="5%", out="D")
+
+    run = lowprec.open_run(lowprec.load("path/to/model"), settings, folder, progress)
+    run.calibrate(); run.sensitivity(); run.cost(); run.verify(); plan = run.plan(); solved = run.solve(plan)
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lowprec.artifacts.folder import RunFolder, require_space
+from lowprec.errors import ArtifactError, LowprecError, UnsupportedError
+from lowprec.estimate import Estimate, estimate
+from lowprec.proof import Proof
+from lowprec.records import Budget, Objective, Workload
+from lowprec.report import RunProgress, report_html, report_json
+from lowprec.results import Report
+from lowprec.run import Run
+from lowprec.settings import Effort, Settings, effort_named, parse_budget
+from lowprec.steps.load import Model, load, wrap
+
+LOG = logging.getLogger(__name__)
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+
+
+def optimize(
+    model: Model | str | Path,
+    *,
+    out: str | Path,
+    budget: Budget | str | float = "5%",
+    target: str = "torch",
+    device: str = "cpu",
+    objective: Objective = "time",
+    workload: Workload | None = None,
+    effort: Effort | str = "balanced",
+    schemes: Sequence[str] = ("fp8", "int8", "int4"),
+    data: Sequence[str | Path] = (),
+    dollars_per_hour: float | None = None,
+    calibration_device: str = "cpu",
+    seed: int = 0,
+    workers: int = 2,
+    trust_remote_code: bool = False,
+    progress: RunProgress | None = None,
+) -> Report:
+    """Finds the cheapest mix of schemes that loses no more than the budget, proves it, and writes it to `out`.
+
+    Args:
+        model: a Hugging Face name or folder, a GGUF file, or what `load` or `wrap` returned.
+        out: the run's folder; a second run on it resumes, or re-allocates for another budget.
+        budget: "5%", 0.05, or a `Budget` with a metric of its own.
+        device: "cpu", "cuda", or a device to plan for by its published figures ("h100", "mi300x", ...).
+        effort: "fast", "balanced" or "best".
+        schemes: families or names of schemes that may be chosen; bf16 always may.
+        data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
+
+    Returns:
+        The report, whose verdict is "within", "over" or "inconclusive". It lies in `out` as report.json and
+        report.html, beside the artefact in `out`/model.
+
+    Raises:
+        LowprecError: bad input of any kind; what had been computed stays in `out`.
+    """
+    settings = Settings(
+        out=Path(out),
+        budget=budget if isinstance(budget, Budget) else parse_budget(budget),
+        target=target,
+        device=device,
+        objective=objective,
+        workload=workload or Workload(),
+        effort=effort if isinstance(effort, Effort) else effort_named(effort),
+        schemes=tuple(schemes),
+        data=tuple(str(item) for item in data),
+        dollars_per_hour=dollars_per_hour,
+        calibration_device=calibration_device,
+        seed=seed,
+        workers=workers,
+    )
+    with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
+        if not isinstance(model, Model):
+            with shown.step("load"):
+                model = load(model, trust_remote_code=trust_remote_code)
+        return complete(Run(model, settings, folder, shown))
+
+
+def complete(run: Run) -> Report:
+    """Takes a run through all of its steps and writes the reports."""
+    require_fit(run)
+    run.prepare()
+    run.calibrate()
+    run.sensitivity()
+    pairs = run.check()
+    run.cost()
+    run.verify()
+    plan = run.plan()
+    proof = Proof(run, plan, run.solve(plan))
+    loaded = proof.export()
+    parity = proof.parity(loaded)
+    judgement, reused = proof.judge(loaded)
+    cost = proof.cost(loaded)
+    report = proof.report(loaded, parity, judgement, reused, cost, pairs)
+    run.folder.write_text(REPORT_JSON, report_json(report))
+    run.folder.write_text(REPORT_HTML, report_html(report))
+    return report
+
+
+def require_fit(run: Run) -> Estimate:
+    """Says what the run will take, and refuses one that cannot fit.
+
+    Raises:
+        UnsupportedError: more memory than there is; names memory and time.
+        ArtifactError: less disk than it needs.
+    """
+    expected = estimate(run.model.module, run.settings)
+    free = psutil.virtual_memory().available
+    run.progress.note(f"expected: {expected}")
+    if expected.memory_bytes > free:
+        raise UnsupportedError(
+            f"the run would take {expected}, but only {free / 1e9:.1f} GB of memory are free",
+            ("use a machine with more memory, or --effort fast",),
+        )
+    require_space(run.folder.path, expected.disk_bytes)
+    return expected
+
+
+def runs_on(device: str) -> bool:
+    """Whether torch can compute on `device` here."""
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
+__all__ = ["Any", "ArtifactError", "LowprecError", "complete", "load", "optimize", "require_fit", "wrap"]

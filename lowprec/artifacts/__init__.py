@@ -1,0 +1,1 @@
+"""File formats: the run folder, the compressed-tensors checkpoint, the probe set, digests, the model card, inputs."""

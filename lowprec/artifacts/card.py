@@ -1,0 +1,139 @@
+"""The model card: README.md with the front matter that the Hugging Face hub reads, and the evidence in words.
+
+Keys of the front matter: huggingface.co/docs/hub/model-cards (base_model, base_model_relation, library_name, tags,
+license, pipeline_tag). Figures carry their origin, measured or modelled.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowprec.artifacts.folder import write_text
+from lowprec.records import PrecisionPlan, Verdict
+from lowprec.results import CostResult, LossResult, SchemeShare
+
+FILE_NAME = "README.md"
+VERDICTS: dict[Verdict, str] = {
+    "within": "The loss stays within the budget.",
+    "over": "The loss exceeds the budget.",
+    "inconclusive": "The data does not decide whether the loss stays within the budget.",
+}
+
+
+def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool) -> str:
+    lines = ["---", "library_name: transformers"]
+    # A local folder is no name on the hub, and the hub refuses such a base model.
+    if plan.model.count("/") == 1 and not plan.model.startswith((".", "/", "~")):
+        lines += [f"base_model: {plan.model}", "base_model_relation: quantized"]
+    if licence:
+        lines.append(f"license: {licence}")
+    lines.append(f"pipeline_tag: {'text-generation' if decoder else 'feature-extraction'}")
+    lines += ["quantization: compressed-tensors", "tags:"]
+    lines += [f"- {tag}" for tag in ("lowprec", "compressed-tensors", "mixed-precision", "quantized")]
+    return "\n".join([*lines, "---"])
+
+
+def _loss_lines(loss: LossResult) -> list[str]:
+    lines = [
+        f"| budget | {loss.budget:.2%} of {loss.metric} |",
+        f"| change of {loss.metric} | {loss.relative:+.2%}, one-sided {loss.confidence:.1%} bounds "
+        f"{loss.lower:+.2%} and {loss.upper:+.2%} |",
+        f"| held-out data | {loss.tokens:,} tokens in {loss.units:,} independent units, {loss.looks} look(s) |",
+    ]
+    if loss.perplexity_before is not None and loss.perplexity_after is not None:
+        lines.append(f"| perplexity | {loss.perplexity_before:.4g} before, {loss.perplexity_after:.4g} after |")
+    if loss.kl_nats is not None:
+        lines.append(f"| KL divergence | {loss.kl_nats:.4g} nats per token |")
+    if loss.top1_agreement is not None:
+        lines.append(f"| same most likely token | {loss.top1_agreement:.2%} |")
+    lines += [f"| {source.source} | {source.relative:+.2%} |" for source in loss.per_source]
+    return lines
+
+
+def _cost_lines(cost: CostResult) -> list[str]:
+    work = cost.workload
+    saved = 1.0 - cost.after / cost.before
+    return [
+        f"| workload | {work.batch} x ({work.prompt_tokens} prompt + {work.output_tokens} output tokens) |",
+        f"| cost ({cost.objective}, {cost.origin}, {cost.device}) | {cost.before:,.4g} {cost.unit} before "
+        f"({cost.baseline}), {cost.after:,.4g} after: {saved:.1%} less |",
+        f"| weights | {cost.weight_bytes_before / 1e6:,.1f} MB before, {cost.weight_bytes_after / 1e6:,.1f} MB after |",
+        f"| bits per linear weight | {cost.effective_bits:.2f} |",
+    ]
+
+
+def _usage(decoder: bool) -> str:
+    auto = "AutoModelForCausalLM" if decoder else "AutoModel"
+    text = f"""## Use
+
+With transformers (needs `compressed-tensors`; weights become dense, so this saves disk space, not memory):
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained(FOLDER, dtype="bfloat16")
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+"""
+    if decoder:
+        text += "\nWith vLLM:\n\n```sh\nvllm serve FOLDER --dtype bfloat16\n```\n"
+    return (
+        text
+        + """
+To check a copy: `digests.json` has the SHA-256 of every file, `probe.safetensors` the scored model's answers to a few
+tokens (`lowprec.artifacts.probe.check_probe(model, folder)`).
+"""
+    )
+
+
+def model_card(
+    plan: PrecisionPlan,
+    *,
+    verdict: Verdict | None = None,
+    loss: LossResult | None = None,
+    cost: CostResult | None = None,
+    schemes: Sequence[SchemeShare] = (),
+    notes: Sequence[str] = (),
+    licence: str | None = None,
+    decoder: bool = True,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        plan: what was decided; `plan.model` is the base model.
+        verdict, loss, cost: results, left out of the card while they are not there yet.
+        schemes: how many groups and parameters each scheme holds; counted from the plan's groups when empty.
+        notes: what runtimes refuse or do differently (`WrittenArtefact.runtime_notes`).
+        licence: the base model's licence identifier, when known.
+        decoder: False for encoders, which are loaded by another class.
+    """
+    title = plan.model.rstrip("/").rpartition("/")[2] or plan.model
+    parts = [_front_matter(plan, licence, decoder), "", f"# {title}, mixed precision", ""]
+    parts += [
+        f"Quantised by lowprec for the target `{plan.target}` with the solver `{plan.solver}`, layer group by layer "
+        f"group, to the cheapest mix ({plan.objective}) whose {plan.budget.metric} changes by at most "
+        f"{plan.budget.limit:.2%} ({plan.budget.kind}).",
+        "",
+    ]
+    if verdict is not None:
+        parts += [f"**{verdict}**: {VERDICTS[verdict]}", ""]
+    rows = [*(_loss_lines(loss) if loss else ()), *(_cost_lines(cost) if cost else ())]
+    if rows:
+        parts += ["| | |", "|---|---|", *rows, ""]
+    parts += ["## Schemes", ""]
+    if schemes:
+        parts += ["| scheme | groups | parameters |", "|---|---|---|"]
+        parts += [f"| {share.scheme} | {share.groups} | {share.parameters:,} |" for share in schemes]
+    else:
+        names = [name for _, name in plan.groups]
+        parts += ["| scheme | groups |", "|---|---|"]
+        parts += [f"| {name} | {names.count(name)} |" for name in sorted(set(names))]
+    parts += ["", _usage(decoder)]
+    if notes:
+        parts += ["## Limits", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join(parts)
+
+
+def write_card(folder: Path, text: str) -> Path:
+    """Writes README.md into an artefact's folder and returns its path."""
+    write_text(folder / FILE_NAME, text)
+    return folder / FILE_NAME

@@ -1,0 +1,125 @@
+"""The command line: arguments, progress, exit codes.
+
+Exit codes: 0 the verdict is within the budget, 1 over or inconclusive, 2 an error (one message, no traceback).
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lowprec.errors import ConfigError, LowprecError
+from lowprec.records import Objective, Workload
+from lowprec.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+OBJECTIVES: tuple[Objective, ...] = ("time", "bytes", "dollars")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"lowprec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Give it a model and a loss budget: it returns the cheapest model that stays inside, with the evidence."""
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Hugging Face name or folder, or a GGUF file.")],
+    budget: Annotated[str, typer.Option(help="Loss that is allowed: 5%, 0.05, or '0.05 abs'.")] = "5%",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an earlier one is resumed.")] = Path(
+        "lowprec-out"
+    ),
+    target: Annotated[str, typer.Option(help="Runtime that the plan is made for.")] = "torch",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or a device to plan for: h100, h200, a100, ...")] = "cpu",
+    objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
+    metric: Annotated[str, typer.Option(help="perplexity, kl, top1, task:FILE; cosine for encoders.")] = "",
+    effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
+    data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(help="Workload: sequences at a time.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Workload: tokens of a prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(help="Workload: tokens of an answer.")] = 128,
+    dollars_per_hour: Annotated[float | None, typer.Option(help="Price of the device.")] = None,
+    calibration_device: Annotated[str, typer.Option(help="Where calibration computes: cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the splits and of sampling.")] = 0,
+    workers: Annotated[int, typer.Option(help="Threads that round layers; no effect on results.")] = 2,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Measure a model, choose a scheme for each layer within the loss budget, prove it and write it."""
+    # Heavy imports come after the arguments were understood, so that --help answers at once.
+    from lowprec.api import REPORT_HTML, optimize
+    from lowprec.report import RunProgress, print_summary
+    from lowprec.settings import parse_budget
+    from lowprec.steps.load import load
+
+    _quiet_libraries()
+    chosen: Any = objective
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {objective!r}: known: {', '.join(OBJECTIVES)}")
+    limit = parse_budget(budget, metric or "perplexity")
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    with RunProgress() as progress:
+        with progress.step("load"):
+            loaded = load(model, trust_remote_code=trust_remote_code)
+        if not metric and loaded.kind == "encoder":
+            limit = parse_budget(budget, "cosine")
+        report = optimize(
+            loaded,
+            out=out,
+            budget=limit,
+            target=target,
+            device=device,
+            objective=chosen,
+            workload=workload,
+            effort=effort,
+            schemes=[name.strip() for name in schemes.split(",") if name.strip()],
+            data=data or (),
+            dollars_per_hour=dollars_per_hour,
+            calibration_device=calibration_device,
+            seed=seed,
+            workers=workers,
+            progress=progress,
+        )
+    print_summary(report, Console(), report_path=str(out / REPORT_HTML))
+    raise typer.Exit(0 if report.verdict == "within" else 1)
+
+
+def _quiet_libraries() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|compressed_tensors)\b.*")
+
+
+def main() -> None:
+    """Entry point of the command `lowprec`; `--debug` anywhere shows tracebacks."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, standalone_mode=True)
+    except LowprecError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a run will take, before it starts: memory, disk and time, from the model's shape and one short measurement."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowprec.settings import Settings
+from lowprec.steps.linear import linear_layers, weight_of
+
+LIBRARIES_BYTES = 0.9e9
+LOGITS_COPIES = 6
+BATCH_TOKENS = 512
+PASSES_FORWARD_BACKWARD = 4
+PROBE_SIZE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Expected peak memory, disk and time of a run."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk "
+            f"and {self.seconds / 60:.0f} minutes"
+        )
+
+
+def estimate(module: nn.Module, settings: Settings) -> Estimate:
+    """What optimising `module` with `settings` is expected to take on this machine.
+
+    Memory: the stored weights, two blocks and everything outside them in float32, the samples' hidden states, and a
+    few buffers of logits. Time: the tokens that pass through the model, forwards counted once and backwards as three,
+    over the measured speed of a matmul.
+    """
+    effort = settings.effort
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    layers = linear_layers(module)
+    parameters = sum(weight_of(layer).numel() for layer in layers.values())
+    wide = max((weight_of(layer).shape[0] for layer in layers.values()), default=1)
+    hidden = max((weight_of(layer).shape[1] for layer in layers.values()), default=1)
+    depth = max((len(m) for m in module.modules() if isinstance(m, nn.ModuleList)), default=1)
+    block = 4.0 * parameters / depth
+    embedding = 4.0 * sum(p.numel() for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    samples = 4.0 * hidden * max(effort.held_out_tokens * 2, effort.calibration_tokens + effort.sensitivity_tokens)
+    logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
+    passes = (
+        2 * effort.calibration_tokens
+        + (PASSES_FORWARD_BACKWARD + 1) * effort.sensitivity_tokens
+        + effort.checked_pairs * effort.checked_tokens * 0.6
+        + 3 * effort.tuning_tokens
+        + 2 * effort.held_out_tokens
+        + (3 * (effort.calibration_tokens + effort.sensitivity_tokens) if effort.compensated else 0)
+    )
+    return Estimate(
+        memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + samples + logits),
+        disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)),
+        seconds=2.0 * parameters * passes / _flops_per_second(),
+    )
+
+
+def _flops_per_second() -> float:
+    """float32 matmul speed of this machine, from one short measurement."""
+    x = torch.ones(PROBE_SIZE, PROBE_SIZE)
+    x @ x
+    start = time.perf_counter()
+    x @ x
+    return 2.0 * PROBE_SIZE**3 / (time.perf_counter() - start)

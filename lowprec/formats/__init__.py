@@ -1,0 +1,22 @@
+"""Number formats, one file each, and the schemes that combine a weight format with an activation format."""
+
+from lowprec.formats.base import (
+    ACTIVATION_FORMATS,
+    WEIGHT_FORMATS,
+    ActivationFormat,
+    QuantizedWeight,
+    WeightFormat,
+)
+from lowprec.formats.schemes import SCHEMES, resolve, scheme_named, schemes_of_family
+
+__all__ = [
+    "ACTIVATION_FORMATS",
+    "SCHEMES",
+    "WEIGHT_FORMATS",
+    "ActivationFormat",
+    "QuantizedWeight",
+    "WeightFormat",
+    "resolve",
+    "scheme_named",
+    "schemes_of_family",
+]

@@ -1,0 +1,114 @@
+"""What a number format is: a grid, and the three functions that every solver and runtime needs of it.
+
+A weight matrix w[N, K] is stored as codes and, for each row and each group of `group_size` columns, one scale:
+
+    w ~ scale * codes
+
+All functions broadcast over leading dimensions; a *slab* is [..., g] with the last dimension sharing one scale.
+Scales are rounded to bfloat16 before codes are chosen, because that is what a checkpoint stores: what is scored is
+what is loaded.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowprec.registry import Registry
+
+SCALE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedWeight:
+    """One layer's quantised weight.
+
+    Attributes:
+        format: name of the weight format.
+        codes: [N, K], int8 (integer formats; 4-bit codes lie in [-8, 7]) or float8_e4m3fn.
+        scale: [N, K / group_size], float32 holding bfloat16 values.
+    """
+
+    format: str
+    codes: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, [N, K] float32."""
+        return WEIGHT_FORMATS[self.format].decode(self.codes, self.scale)
+
+
+@runtime_checkable
+class WeightFormat(Protocol):
+    """A weight format. `group_size` None means one scale for the whole row (per channel)."""
+
+    @property
+    def name(self) -> str:
+        """Name that plans and files use."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None for the whole row."""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """What codes are held in, in memory."""
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error (Frobenius) that a layer computed in this format may show against float64 over the
+        same codes, scales and inputs: the rounding of a bfloat16 computation, not of the format itself."""
+
+    def fits(self, k: int) -> str | None:
+        """None if rows of `k` weights can be stored, else the reason."""
+
+    def fit_scale(self, slab: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Scale of each slab: [..., g] -> [..., 1], float32 holding bfloat16 values.
+
+        Args:
+            slab: [..., g] weights that share a scale.
+            importance: [g] or [..., g] non-negative weights of the squared error, None for plain absolute maximum.
+        """
+
+    def round(self, w: Tensor, scale: Tensor) -> Tensor:
+        """Nearest code of each weight, as float32 (the code's value), same shape as `w`; `scale` broadcasts."""
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """[N, K] codes and [N, groups] scales -> [N, K] float32 weights."""
+
+    def bytes_per_row(self, k: int) -> float:
+        """Stored bytes of a row of `k` weights, scales included."""
+
+
+@runtime_checkable
+class ActivationFormat(Protocol):
+    """An activation format: what the input of a linear layer is rounded to while the model runs."""
+
+    @property
+    def name(self) -> str:
+        """Name that plans and files use."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def dynamic(self) -> bool:
+        """True when the scale comes from the values at hand, False when calibration set it."""
+
+    def fake_quantize(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., K] -> same shape and dtype, rounded to the grid; `scale` (scalar) is needed by static formats."""
+
+
+WEIGHT_FORMATS: Registry[WeightFormat] = Registry("weight format", "lowprec.formats")
+ACTIVATION_FORMATS: Registry[ActivationFormat] = Registry("activation format", "lowprec.formats")
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    """`x` rounded to bfloat16 values, kept in float32."""
+    return x.to(SCALE_DTYPE).to(torch.float32)

@@ -1,0 +1,74 @@
+"""Schemes: which weight format meets which activation format, under the field's names.
+
+A scheme changes the numbers; two kernels that compute the same numbers are forms of one scheme.
+`w4a16` and `w4a8-*` without a group size mean: the largest of 128, 64, 32 that divides K.
+"""
+
+from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.formats.base import WEIGHT_FORMATS
+from lowprec.records import Scheme
+from lowprec.registry import closest
+
+GROUP_SIZES = (128, 64, 32)
+
+
+def _schemes() -> dict[str, Scheme]:
+    found = [
+        Scheme(name="bf16", family="bf16", weight=None, activation=None),
+        Scheme(name="w8a8-fp8", family="fp8", weight="fp8", activation="fp8-token"),
+        Scheme(name="w8a8-int8", family="int8", weight="int8", activation="int8-token"),
+        Scheme(name="w8a16", family="int8", weight="int8", activation=None),
+        Scheme(name="w8a8-fp8-static", family="fp8", weight="fp8", activation="fp8-static"),
+        Scheme(name="w8a8-int8-static", family="int8", weight="int8", activation="int8-static"),
+    ]
+    for prefix, activation in (("w4a16", None), ("w4a8-int8", "int8-token"), ("w4a8-fp8", "fp8-token")):
+        found.append(Scheme(name=prefix, family="int4", weight="int4", activation=activation))
+        found += [
+            Scheme(name=f"{prefix}-g{g}", family="int4", weight=f"int4-g{g}", activation=activation)
+            for g in GROUP_SIZES
+        ]
+    return {scheme.name: scheme for scheme in found}
+
+
+SCHEMES: dict[str, Scheme] = _schemes()
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme called `name`; ConfigError with a suggestion when there is none."""
+    if name not in SCHEMES:
+        raise ConfigError(f"unknown scheme {name!r}: {closest(name, list(SCHEMES))}")
+    return SCHEMES[name]
+
+
+def schemes_of_family(family: str) -> list[Scheme]:
+    """The dynamic schemes that the command line's `--schemes fp8,int8,int4` stand for."""
+    families = sorted({s.family for s in SCHEMES.values()})
+    if family not in families:
+        raise ConfigError(f"unknown scheme family {family!r}: {closest(family, families)}")
+    return [s for s in SCHEMES.values() if s.family == family and not s.name.endswith("-static") and "-g" not in s.name]
+
+
+def resolve(scheme: Scheme, k: int) -> Scheme:
+    """`scheme` with its group size settled for rows of `k` weights.
+
+    Raises:
+        UnsupportedError: no group size, or not the one asked for, divides `k`.
+    """
+    if scheme.weight is None:
+        return scheme
+    if scheme.weight != "int4":
+        reason = WEIGHT_FORMATS[scheme.weight].fits(k)
+        if reason:
+            raise UnsupportedError(f"scheme {scheme.name} does not fit K = {k}", (reason,))
+        return scheme
+    for size in GROUP_SIZES:
+        if k % size == 0:
+            return scheme_named(f"{scheme.name}-g{size}")
+    raise UnsupportedError(
+        f"scheme {scheme.name} does not fit K = {k}", (f"none of the group sizes {GROUP_SIZES} divides {k}",)
+    )
+
+
+def with_static_activation(scheme: Scheme) -> Scheme:
+    """The static twin of a dynamic w8a8 scheme, for targets that want calibrated ranges."""
+    return scheme_named(f"{scheme.name}-static")

@@ -1,0 +1,188 @@
+"""The records of a finished run: what report.json holds, field for field.
+
+Everything is measured unless its `origin` says modelled; loss is that of the loaded artefact on held-out data.
+"""
+
+from dataclasses import dataclass, field
+
+from lowprec.records import SCHEMA_VERSION, Objective, Origin, PrecisionPlan, Verdict, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLoss:
+    """Loss on one source of text, so that the mean hides none."""
+
+    source: str
+    relative: float
+    lower: float
+    upper: float
+    kl_nats: float
+    units: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossResult:
+    """The verdict's numbers: `relative` change of `metric`, its one-sided bounds at `confidence`."""
+
+    metric: str
+    budget: float
+    relative: float
+    lower: float
+    upper: float
+    confidence: float
+    looks: int
+    units: int
+    tokens: int
+    kl_nats: float | None
+    top1_agreement: float | None
+    perplexity_before: float | None
+    perplexity_after: float | None
+    per_source: tuple[SourceLoss, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostResult:
+    """Cost of the workload before and after, in `unit` (us, bytes, or dollars per million output tokens)."""
+
+    workload: Workload
+    objective: Objective
+    unit: str
+    origin: Origin
+    device: str
+    baseline: str
+    before: float
+    after: float
+    reduction_predicted: float
+    reduction_measured: float | None
+    effective_bits: float
+    weight_bytes_before: int
+    weight_bytes_after: int
+    decode_tokens_per_s_before: float | None
+    decode_tokens_per_s_after: float | None
+    prefill_tokens_per_s_before: float | None
+    prefill_tokens_per_s_after: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityResult:
+    """Is what was loaded what was scored? `max_layer_error` is relative to the layer's tolerance."""
+
+    codes_equal: bool
+    max_layer_error: float
+    kl_nats: float
+    noise_kl_nats: float
+
+    @property
+    def holds(self) -> bool:
+        """Codes equal, every layer within tolerance, KL at most twice the bfloat16 noise."""
+        return self.codes_equal and self.max_layer_error <= 1.0 and self.kl_nats <= 2.0 * self.noise_kl_nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedPair:
+    """One (group, scheme) whose loss was measured directly, beside its prediction."""
+
+    group: str
+    scheme: str
+    predicted_kl_nats: float
+    measured_kl_nats: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityResult:
+    """How well the prediction ranks and adds up; the two KLs are those of the final mix, on tuning data."""
+
+    spearman: float
+    spearman_within: tuple[tuple[str, float], ...]
+    predicted_kl_nats: float
+    measured_kl_nats: float
+    pairs: tuple[CheckedPair, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """The cheapest mix for one budget, by prediction on tuning data."""
+
+    budget: float
+    predicted_loss: float
+    cost: float
+    effective_bits: float
+    bytes: int
+    scheme_shares: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeShare:
+    """How many groups and parameters one scheme holds."""
+
+    scheme: str
+    groups: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupChoice:
+    """One group's place in the picture (block x role) and its scheme."""
+
+    group: str
+    block: int | None
+    role: str
+    scheme: str
+    parameters: int
+    predicted_kl_nats: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unquantised:
+    """Weights that stay as they are, with the reason and their share of the original bytes."""
+
+    name: str
+    reason: str
+    bytes: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StruckOut:
+    """A scheme that the target cannot run for a shape, with the reason."""
+
+    scheme: str
+    n: int
+    k: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that report.json and report.html show.
+
+    `unread_data` is True when no part of the held-out data had been looked at by an earlier run on this folder;
+    else `reused` is True. `rounds` has, per verification round, (predicted, measured) loss on tuning data.
+    """
+
+    model: str
+    target: str
+    objective: Objective
+    effort: str
+    verdict: Verdict
+    verdict_reason: str
+    unread_data: bool
+    reused: bool
+    plan: PrecisionPlan
+    loss: LossResult
+    cost: CostResult
+    parity: ParityResult
+    sensitivity: SensitivityResult
+    schemes: tuple[SchemeShare, ...]
+    groups: tuple[GroupChoice, ...]
+    unquantised: tuple[Unquantised, ...]
+    struck_out: tuple[StruckOut, ...]
+    frontier: tuple[FrontierPoint, ...]
+    rounds: tuple[tuple[float, float], ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    artefact: str = ""
+    schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,451 @@
+"""One run: wires the steps to a folder, so that a step whose inputs have not changed is skipped.
+
+    data -> graph -> calibrate -> sensitivity -> check -> cost -> verify -> solve -> export -> judge -> end to end
+
+Every step's file in the folder names the digests of what it was made from. A killed run continues where it was cut:
+calibration and sensitivity at the block, verification at the mix, the judge at the look.
+"""
+
+import dataclasses
+import json
+import random
+import resource
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from lowprec.artifacts.folder import RunFolder
+from lowprec.errors import ConfigError, DataError
+from lowprec.formats import SCHEMES, QuantizedWeight, scheme_named, schemes_of_family
+from lowprec.records import (
+    CostSample,
+    Group,
+    PrecisionPlan,
+    Scheme,
+    SensitivityRow,
+    digest,
+)
+from lowprec.report.progress import RunProgress
+from lowprec.results import CheckedPair, SensitivityResult, StruckOut, Unquantised
+from lowprec.settings import Settings
+from lowprec.steps.allocate import Allocation, Option
+from lowprec.steps.calibrate import Calibration, calibrate
+from lowprec.steps.cost import GroupCost, candidates, group_costs, in_unit, time_shapes
+from lowprec.steps.data import Batch, Splits, SplitSizes, TokenSet, split
+from lowprec.steps.graph import find_groups
+from lowprec.steps.linear import output_width
+from lowprec.steps.load import Model
+from lowprec.steps.measure import compare, mean_kl, measure_pairs, run_through
+from lowprec.steps.metrics import Metric, metric_of
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.sensitivity import effects, rows_of
+from lowprec.steps.solve import Rounder, overlay_of, solve_plan, solver_of
+from lowprec.steps.sources import read_sources
+from lowprec.steps.stream import Overlay, Stream
+from lowprec.steps.verify import Measured, Verified, verify
+from lowprec.targets import Target, target_for
+from lowprec.version import __version__
+
+BATCH_TOKENS = 512
+BF16 = scheme_named("bf16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredMix:
+    """What one mix lost on tuning data; kept so that no mix is measured twice."""
+
+    mix: str
+    loss: float
+    upper: float
+    kl_nats: float
+
+
+class Run:
+    """The state of one run. Its methods are the steps, in order; each returns what the next ones need.
+
+    Args:
+        model: what to optimise.
+        settings: what it is asked to do.
+        folder: where everything is kept.
+        progress: shows and times the steps.
+    """
+
+    def __init__(self, model: Model, settings: Settings, folder: RunFolder, progress: RunProgress) -> None:
+        self.model, self.settings, self.folder, self.progress = model, settings, folder, progress
+        self.target: Target = target_for(settings.target, None if settings.device == "cpu" else settings.device)
+        self.metric: Metric = metric_of(settings.budget, model, settings.seed)
+        self.outcome = model.outcome
+
+    # Data and graph
+
+    def prepare(self) -> None:
+        """Splits the text, cuts the model, finds the groups and strikes out what the target cannot run."""
+        effort = self.settings.effort
+        with self.progress.step("data"):
+            self.splits = self._split()
+        with self.progress.step("graph"):
+            self.stream = Stream(
+                self.model.module, self.model.forward, self._example(), device=self.settings.calibration_device
+            )
+            self.groups, self.unquantised = find_groups(self.stream)
+            if not self.groups:
+                raise ConfigError(f"{self.model.name} has no linear layer that can be quantised")
+            self.widths = {
+                g.name: tuple(output_width(self.stream.layers[layer]) for layer in g.layers) for g in self.groups
+            }
+            self.allowed, self.struck_out = candidates(self.groups, self.widths, self._schemes(), self.target)
+        whole = self.splits.calibration
+        # Where there is less text than asked for, both halves of calibration shrink alike.
+        share = effort.calibration_tokens / (effort.calibration_tokens + effort.sensitivity_tokens)
+        gathered = whole.subset(round(share * whole.tokens))
+        self.gather_batches = gathered.batches(BATCH_TOKENS)
+        self.probe_batches = _after(whole, len(gathered)).batches(BATCH_TOKENS)
+        if not self.probe_batches:
+            raise DataError("the calibration text is one single window; give more text")
+        self.tuning_batches = self.splits.tuning.batches(BATCH_TOKENS)
+        self.schemes = {g.name: [s for s in self.allowed[g.name] if s.weight is not None] for g in self.groups}
+        self.inputs = {
+            "model": self.model.revision,
+            "data": self.splits.calibration.digest,
+            "schemes": digest(json.dumps({g: [s.name for s in x] for g, x in self.schemes.items()}, sort_keys=True)),
+            "effort": digest(repr(dataclasses.replace(effort, tuning_tokens=0, held_out_tokens=0, rounds=0))),
+            "seed": str(self.settings.seed),
+            "version": __version__,
+        }
+        self.rounder = Rounder(self.stream, self.folder, self.inputs, self.settings.workers)
+        self.rounder.know(self.groups)
+
+    def _split(self) -> Splits:
+        effort = self.settings.effort
+        if self.model.tokenizer is None:
+            raise ConfigError("a model without a tokenizer needs one to read the calibration text: give tokenizer=...")
+        sizes = SplitSizes(
+            calibration=effort.calibration_tokens + effort.sensitivity_tokens,
+            tuning=effort.tuning_tokens,
+            held_out=effort.held_out_tokens,
+            window=effort.window,
+        )
+        splits = split(read_sources(self.settings.data), self.model.tokenizer, sizes, self.settings.seed)
+        self.folder.write_step("data", splits.summary, {"data": splits.calibration.digest})
+        return splits
+
+    def _example(self) -> Batch:
+        ids = self.splits.calibration.ids[0][:8]
+        return Batch(ids=ids[None], lengths=torch.tensor([len(ids)]), index=(0,))
+
+    def _schemes(self) -> list[Scheme]:
+        wanted: list[Scheme] = []
+        for name in self.settings.schemes:
+            families = {s.family for s in SCHEMES.values()}
+            wanted += schemes_of_family(name) if name in families else [scheme_named(name)]
+        return list(dict.fromkeys(s for s in wanted if s.name != "bf16"))
+
+    # Calibration and sensitivity
+
+    def calibrate(self) -> None:
+        """Gathers statistics and rounds every group in every weight format."""
+        stored: Calibration | None = self.folder.read_step("calibration", self.inputs, Calibration)
+        self.scratch = Scratch(self.folder.path / "work", digest(*self.inputs.values()))
+        if stored is not None and (self._sensitivity() is not None or self.scratch.note("forward")):
+            self.calibration = stored
+            self.progress.skip("calibrate", "done by an earlier run")
+            return
+        formats = {g: sorted({s.weight for s in x if s.weight}) for g, x in self.schemes.items()}
+        with self.progress.step("calibrate", self.stream.depth + 1, "blocks") as step:
+            self.calibration = calibrate(
+                self.stream,
+                self.groups,
+                [*self.gather_batches, *self.probe_batches],
+                self.outcome,
+                lambda group, statistics: self.rounder.solve_and_keep(group, formats[group.name], statistics),
+                self.scratch,
+                probing=len(self.probe_batches),
+                progress=step.report,
+                describe=self._describe,
+            )
+        self.folder.write_step("calibration", self.calibration, self.inputs)
+
+    def _describe(self, batch: Any) -> str:
+        data = self.splits.calibration
+        return ", ".join(dict.fromkeys(data.documents[i] for i in batch.index))
+
+    def _sensitivity(self) -> tuple[SensitivityRow, ...] | None:
+        found: tuple[SensitivityRow, ...] | None = self.folder.read_step(
+            "sensitivity", self.inputs, tuple[SensitivityRow, ...]
+        )
+        return found
+
+    def sensitivity(self) -> None:
+        """Scores every (group, scheme) in nats."""
+        rows = self._sensitivity()
+        if rows is not None:
+            self.progress.skip("sensitivity", "done by an earlier run")
+        else:
+            with self.progress.step("sensitivity", self.stream.depth, "blocks") as step:
+                found = effects(
+                    self.stream,
+                    self.groups,
+                    self.schemes,
+                    self.probe_batches,
+                    self.outcome,
+                    self.rounder.errors,
+                    self.scratch,
+                    self.settings.seed,
+                    step.report,
+                )
+            rows = rows_of(found, self.groups, self.schemes, lambda s: solver_of(s.weight) if s.weight else "none")
+            self.folder.write_step("sensitivity", rows, self.inputs)
+            self.scratch.clear()
+        self.predicted = {(row.group, row.scheme): row.predicted_kl_nats for row in rows}
+
+    def check(self) -> tuple[CheckedPair, ...]:
+        """Measures some (group, scheme) pairs directly, on tuning data, the same number in each scheme."""
+        effort = self.settings.effort
+        data = self.splits.tuning.subset(effort.checked_tokens)
+        inputs = self.inputs | {"tuning": data.digest}
+        stored: tuple[CheckedPair, ...] | None = self.folder.read_step("check", inputs, tuple[CheckedPair, ...])
+        if stored is not None:
+            self.progress.skip("check", "done by an earlier run")
+            return stored
+        overlays = {pair: self._overlay({pair[0]: pair[1]}) for pair in self._pairs(effort.checked_pairs)}
+        with self.progress.step("check", self.stream.depth, "blocks") as step:
+            measured = measure_pairs(
+                self.stream, data.batches(BATCH_TOKENS), overlays, self.metric.compare, step.report
+            )
+        pairs = tuple(
+            CheckedPair(
+                group=group,
+                scheme=scheme,
+                predicted_kl_nats=self.predicted[group, scheme],
+                measured_kl_nats=measured[group, scheme],
+            )
+            for group, scheme in overlays
+        )
+        self.folder.write_step("check", pairs, inputs)
+        return pairs
+
+    def _pairs(self, count: int) -> list[tuple[str, str]]:
+        by_scheme: dict[str, list[tuple[str, str]]] = {}
+        for group, scheme in self.predicted:
+            by_scheme.setdefault(_base(scheme), []).append((group, scheme))
+        generator = random.Random(self.settings.seed)
+        each = max(2, count // max(len(by_scheme), 1))
+        chosen: list[tuple[str, str]] = []
+        for _, found in sorted(by_scheme.items()):
+            chosen += generator.sample(found, min(each, len(found)))
+        return chosen
+
+    def _overlay(self, schemes: Mapping[str, str]) -> Overlay:
+        named = {g.name: scheme_named(schemes.get(g.name, "bf16")) for g in self.groups}
+        return self.rounder.overlay(self.groups, named, self.calibration)
+
+    # Cost
+
+    def cost(self) -> None:
+        """Times every shape in every scheme and adds up the groups."""
+        inputs = {
+            "model": self.model.revision,
+            "schemes": self.inputs["schemes"],
+            "workload": repr(self.settings.workload),
+            "target": f"{self.target.name} on {self.target.device}",
+            "torch": torch.__version__,
+        }
+        samples: tuple[CostSample, ...] | None = self.folder.read_step("cost", inputs, tuple[CostSample, ...])
+        if samples is None:
+            with self.progress.step("cost", unit="shapes") as step:
+                samples = tuple(
+                    time_shapes(
+                        self.groups, self.widths, self.allowed, self.settings.workload, self.target, step.report
+                    )
+                )
+            self.folder.write_step("cost", samples, inputs)
+        else:
+            self.progress.skip("cost", "timed by an earlier run")
+        self.samples = samples
+        self.costs: dict[tuple[str, str], GroupCost] = group_costs(
+            self.groups, self.widths, self.allowed, self.settings.workload, samples, self._tied()
+        )
+
+    def _tied(self) -> list[str]:
+        shared = {u.name for u in self.unquantised if "tied" in u.reason}
+        return [g.name for g in self.groups if g.block is None and shared]
+
+    # The mix
+
+    def options(self) -> dict[str, list[Option]]:
+        """Each group's schemes with predicted KL and cost."""
+        return {
+            g.name: [
+                Option(
+                    scheme=s.name,
+                    loss=self.predicted.get((g.name, s.name), 0.0),
+                    cost=in_unit(self.costs[g.name, s.name], self.settings.objective),
+                )
+                for s in self.allowed[g.name]
+            ]
+            for g in self.groups
+        }
+
+    def verify(self) -> Verified:
+        """Finds the cheapest mix within the budget on tuning data."""
+        inputs = self.inputs | {"tuning": self.splits.tuning.digest, "metric": self.settings.budget.metric}
+        known: tuple[MeasuredMix, ...] = (
+            self.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
+        )
+        measured = {m.mix: m for m in known}
+        with self.progress.step("verify", unit="rounds") as step:
+
+            def measure(allocation: Allocation) -> Measured:
+                mix = digest(repr(allocation.schemes))
+                if mix not in measured:
+                    found = self._measure(self._overlay(allocation.scheme_of()))
+                    measured[mix] = MeasuredMix(mix=mix, **dataclasses.asdict(found))
+                    self.folder.write_step("measured", tuple(measured.values()), inputs)
+                m = measured[mix]
+                return Measured(loss=m.loss, upper=m.upper, kl_nats=m.kl_nats)
+
+            self.verified = verify(
+                [g.name for g in self.groups],
+                self.options(),
+                self.metric.limit(),
+                measure,
+                self.settings.effort.rounds,
+                step.report,
+            )
+        return self.verified
+
+    def _measure(self, overlay: Overlay) -> Measured:
+        if not hasattr(self, "_reference"):
+            self._reference = run_through(self.stream, self.tuning_batches)
+        candidate = run_through(self.stream, self.tuning_batches, overlay)
+        table = compare(self._reference, [candidate], self.tuning_batches, self.metric.compare)[0]
+        loss, upper = self.metric.tuning_loss(table, self.splits.tuning, self.tuning_batches)
+        return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
+
+    def plan(self) -> PrecisionPlan:
+        """The chosen mix as a record, written to plan.json."""
+        chosen = self.verified.chosen
+        settings = self.settings
+        plan = PrecisionPlan(
+            model=self.model.name,
+            revision=self.model.revision,
+            groups=chosen.allocation.schemes,
+            budget=settings.budget,
+            workload=settings.workload,
+            target=settings.target,
+            objective=settings.objective,
+            solver="gptq",
+            predicted_loss=self.metric.shown(chosen.predicted),
+            predicted_cost=chosen.allocation.cost,
+            input_digests=tuple(sorted({**self.inputs, "tuning": self.splits.tuning.digest}.items())),
+        )
+        self.folder.write_step("plan", plan, {"cost": digest(repr(self.samples)), **self.inputs})
+        return plan
+
+    def solve(self, plan: PrecisionPlan) -> dict[str, QuantizedWeight]:
+        """The codes and scales of every quantised layer, kept one file per group."""
+        schemes = {name: scheme_named(scheme) for name, scheme in plan.groups}
+        inputs = self.inputs | {"plan": digest(repr(plan.groups))}
+        quantised = [g for g in self.groups if schemes[g.name].weight is not None]
+        with self.progress.step("solve", len(quantised), "groups") as step:
+            solved: dict[str, QuantizedWeight] = {}
+            for done, group in enumerate(quantised):
+                kept = self.folder.read_solved(group.name, inputs | {"compensated": "no"})
+                if kept is None:
+                    fmt = schemes[group.name].weight
+                    assert fmt is not None
+                    kept = {layer: self.rounder.rounded(layer, fmt) for layer in group.layers}
+                    self.folder.write_solved(group.name, kept, inputs | {"compensated": "no"})
+                solved |= kept
+                step.report(done + 1, len(quantised))
+        if not self.settings.effort.compensated or not quantised:
+            return solved
+        return self._compensated(schemes, inputs, solved)
+
+    def _compensated(
+        self, schemes: Mapping[str, Scheme], inputs: dict[str, str], plain: dict[str, QuantizedWeight]
+    ) -> dict[str, QuantizedWeight]:
+        """Rounded once more against the rounded model's own inputs; kept only where tuning data says it is better."""
+        with self.progress.step("compensate", self.stream.depth + 1, "blocks") as step:
+            scratch = Scratch(self.folder.path / "work-solve", digest(*inputs.values()))
+            better = solve_plan(
+                self.stream,
+                self.groups,
+                schemes,
+                [*self.gather_batches, *self.probe_batches],
+                self.outcome,
+                self.rounder,
+                self.folder,
+                inputs | {"compensated": "yes"},
+                self.calibration,
+                scratch,
+                step.report,
+            )
+            found = self._measure(overlay_of(self.groups, schemes, better, self.calibration))
+            scratch.clear()
+        chosen = self.verified.chosen
+        if found.upper > chosen.measured.upper:
+            self.progress.note("compensated rounding was no better on tuning data; the plain one is kept")
+            return plain
+        self.verified = dataclasses.replace(
+            self.verified,
+            chosen=dataclasses.replace(chosen, measured=found),
+            rounds=(*self.verified.rounds, dataclasses.replace(chosen, measured=found)),
+        )
+        return better
+
+    # Summaries
+
+    def sensitivity_result(self, pairs: Sequence[CheckedPair]) -> SensitivityResult:
+        """How well the prediction ranks, overall and within each scheme, and adds up."""
+        by_scheme: dict[str, list[CheckedPair]] = {}
+        for pair in pairs:
+            by_scheme.setdefault(_base(pair.scheme), []).append(pair)
+        chosen = self.verified.chosen
+        return SensitivityResult(
+            spearman=_spearman(pairs),
+            spearman_within=tuple((name, _spearman(found)) for name, found in sorted(by_scheme.items())),
+            predicted_kl_nats=chosen.allocation.loss,
+            measured_kl_nats=chosen.measured.kl_nats,
+            pairs=tuple(pairs),
+        )
+
+    def by_name(self) -> dict[str, Group]:
+        """Group name -> group."""
+        return {g.name: g for g in self.groups}
+
+
+def _base(scheme: str) -> str:
+    """The scheme without its group size: `w4a16-g64` and `w4a16-g128` are one when they were chosen by K."""
+    stem, _, size = scheme.rpartition("-g")
+    return stem if size.isdigit() else scheme
+
+
+def _spearman(pairs: Sequence[CheckedPair]) -> float:
+    """Rank correlation of predicted and measured KL; 0 where there are too few pairs to rank."""
+    if len(pairs) < 3:
+        return 0.0
+    value = spearmanr([p.predicted_kl_nats for p in pairs], [p.measured_kl_nats for p in pairs]).statistic
+    return float(value) if np.isfinite(value) else 0.0
+
+
+def _after(data: TokenSet, windows: int) -> TokenSet:
+    """The windows of `data` behind the first `windows`."""
+    return dataclasses.replace(
+        data,
+        ids=data.ids[windows:],
+        units=data.units[windows:],
+        sources=data.sources[windows:],
+        documents=data.documents[windows:],
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+__all__ = ["Run", "StruckOut", "Unquantised", "peak_memory_bytes"]

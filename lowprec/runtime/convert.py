@@ -1,0 +1,97 @@
+"""Replaces the linear layers of a model by layers that run in their scheme, in place.
+
+`nn.Linear` holds [N, K]; transformers' Conv1D (GPT-2) holds [K, N] and is replaced alike, because solved weights are
+always [N, K]. A tied lm_head is replaced by codes of its own while the embedding keeps the shared weight.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from lowprec_kernels.kernel import Operands
+from torch import Tensor, nn
+
+from lowprec.errors import ConfigError, ModelError
+from lowprec.formats import QuantizedWeight
+from lowprec.records import Scheme
+from lowprec.registry import closest
+from lowprec.runtime.dispatch import KernelTable
+from lowprec.runtime.linear import QuantLinear
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, told by name so that this module does not need transformers."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _dense_weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if _is_conv1d(module) else weight.detach()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _replacement(
+    name: str,
+    module: nn.Module,
+    weight: QuantizedWeight | None,
+    scheme: Scheme,
+    kernels: KernelTable | str,
+    activation_scale: Tensor | None,
+) -> QuantLinear | None:
+    dense = _dense_weight(module)
+    if weight is None:
+        # A layer that stays dense runs the form that its cost was measured with; in other dtypes it stays as it is.
+        if dense.dtype != torch.bfloat16 or not isinstance(kernels, KernelTable):
+            return None
+        return QuantLinear(Operands(weight="bf16", codes=dense.contiguous(), bias=_bias(module)), scheme, kernels)
+    if weight.codes.shape != dense.shape:
+        raise ModelError(f"{name}: codes are {tuple(weight.codes.shape)}, the layer's weight {tuple(dense.shape)}")
+    return QuantLinear.from_quantized(weight, scheme, _bias(module), kernels=kernels, activation_scale=activation_scale)
+
+
+def convert_(
+    model: nn.Module,
+    solved: Mapping[str, QuantizedWeight],
+    schemes: Mapping[str, Scheme],
+    *,
+    kernels: KernelTable | str,
+    activation_scales: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Replaces the layers named in `schemes`, in place, and returns `model`.
+
+    Args:
+        solved: layer name -> codes and scales, for every layer whose scheme quantises.
+        schemes: layer name -> scheme. A bf16 layer is replaced only where its weight is bfloat16 and `kernels` is a
+            table, so that it runs the form that was measured; else it stays.
+        kernels: a table of measured choices, or the name of one kernel for all layers.
+        activation_scales: layer name -> calibrated scale, for static schemes.
+
+    Raises:
+        ConfigError: a name that is no linear layer of the model, a scheme without a solved weight.
+        ModelError: codes of another shape than the layer.
+        UnsupportedError: no kernel, or not the named one, runs a layer.
+    """
+    known = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
+    }
+    unknown = [name for name in [*schemes, *solved] if name not in known]
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no linear layer of this model: {closest(unknown[0], list(known))}")
+    made: dict[str, QuantLinear] = {}
+    for name, scheme in schemes.items():
+        if scheme.weight is not None and name not in solved:
+            raise ConfigError(f"{name} has scheme {scheme.name} but no solved weight; solve it first")
+        weight = solved[name] if scheme.weight is not None else None
+        replacement = _replacement(name, known[name], weight, scheme, kernels, (activation_scales or {}).get(name))
+        if replacement is not None:
+            made[name] = replacement
+    # Nothing is replaced before everything could be built: an error leaves the model as it was.
+    for name, layer in made.items():
+        parent, _, child = name.rpartition(".")
+        layer.train(known[name].training)
+        setattr(model.get_submodule(parent), child, layer)
+    return model

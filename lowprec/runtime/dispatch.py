@@ -1,0 +1,169 @@
+"""Chooses the kernel of a layer: once, when the layer is built, for each bucket of rows M, from measured times.
+
+    bucket        1        2-16       17-128     > 128
+    measured at   1        8          64         256        (where the caller's samples have no M of the bucket)
+
+`KernelTable` takes the samples that a target measured. A shape that was not measured takes the choice of the nearest
+measured shape of the same scheme and bucket (distance in log N and log K: a group is timed fused, its layers run
+one by one); where nothing was measured for scheme and bucket, it measures now and says so in the log. The slow
+reference is never chosen automatically. An explicit choice never falls back.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, WeightKind, kernels_for
+from lowprec_kernels.packing import pack_int4
+from torch import Tensor
+
+from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.records import CostSample, Scheme
+from lowprec.registry import closest
+from lowprec.runtime.measure import measure_kernels
+
+log = logging.getLogger(__name__)
+
+BUCKET_LIMITS = (1, 16, 128)
+BUCKET_M = (1, 8, 64, 256)
+REFERENCE = "reference"
+
+
+def bucket_of(m: int) -> int:
+    """Index of the bucket that `m` rows fall into."""
+    return sum(m > limit for limit in BUCKET_LIMITS)
+
+
+def kinds(scheme: Scheme) -> tuple[WeightKind, ActivationKind | None]:
+    """The kinds of weight and activation that kernels are asked for: "int4-g64" is "int4", "int8-static" "int8"."""
+    weight = "bf16" if scheme.weight is None else scheme.weight.split("-")[0]
+    activation = None if scheme.activation is None else scheme.activation.split("-")[0]
+    return cast(WeightKind, weight), cast(ActivationKind | None, activation)
+
+
+def group_size_of(scheme: Scheme) -> int | None:
+    """Group size of a resolved scheme, None per channel and for bf16."""
+    return None if scheme.weight is None else WEIGHT_FORMATS[scheme.weight].group_size
+
+
+def operands_of(
+    weight: QuantizedWeight, bias: Tensor | None = None, activation_scale: Tensor | None = None
+) -> Operands:
+    """A solved weight in the kernels' terms; INT4 codes are packed."""
+    kind = cast(WeightKind, weight.format.split("-")[0])
+    codes = pack_int4(weight.codes) if kind == "int4" else weight.codes
+    return Operands(
+        weight=kind,
+        codes=codes.contiguous(),
+        scale=weight.scale.to(torch.float32).contiguous(),
+        bias=bias,
+        activation_scale=None if activation_scale is None else activation_scale.to(torch.float32),
+    )
+
+
+def usable(scheme: Scheme, n: int, k: int, device: str = "cpu") -> tuple[dict[str, Kernel], tuple[str, ...]]:
+    """The forms that can run a resolved `scheme` at [n, k] on `device`, and why the others cannot.
+
+    The reference is among the forms; `automatic` leaves it out.
+    """
+    forms = kernels_for(*kinds(scheme), device)
+    reasons = {name: kernel.supports(1, n, k, group_size_of(scheme)) for name, kernel in forms.items()}
+    return (
+        {name: kernel for name, kernel in forms.items() if reasons[name] is None},
+        tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None),
+    )
+
+
+def automatic(scheme: Scheme, n: int, k: int, device: str = "cpu") -> list[Kernel]:
+    """The forms to choose from.
+
+    Raises:
+        UnsupportedError: there is none but the slow reference.
+    """
+    forms, reasons = usable(scheme, n, k, device)
+    found = [kernel for name, kernel in forms.items() if name != REFERENCE]
+    if not found:
+        raise UnsupportedError(
+            f"no kernel runs scheme {scheme.name} at N = {n}, K = {k} on {device}; "
+            f"ask for kernel {REFERENCE!r} to run it slowly",
+            reasons or (f"no kernel on {device} computes {scheme.name}",),
+        )
+    return found
+
+
+def kernel_named(name: str, scheme: Scheme, n: int, k: int, device: str = "cpu") -> Kernel:
+    """The kernel asked for.
+
+    Raises:
+        ConfigError: no kernel of that name computes the scheme.
+        UnsupportedError: it cannot run this shape here.
+    """
+    forms = kernels_for(*kinds(scheme), device)
+    if name not in forms:
+        raise ConfigError(f"unknown kernel {name!r} for scheme {scheme.name}: {closest(name, list(forms))}")
+    reason = forms[name].supports(1, n, k, group_size_of(scheme))
+    if reason is not None:
+        raise UnsupportedError(f"kernel {name} cannot run scheme {scheme.name} at N = {n}, K = {k}", (reason,))
+    return forms[name]
+
+
+class KernelTable:
+    """Kernel choices by scheme, shape and bucket.
+
+    Args:
+        samples: what a target measured on this machine; modelled ones are ignored.
+        device: device type that the layers run on.
+        dtype: of the activations, for what has to be measured here.
+    """
+
+    def __init__(
+        self, samples: Iterable[CostSample] = (), device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._known: dict[tuple[str, int], dict[tuple[int, int], str]] = {}
+        fastest: dict[tuple[str, int, int, int], CostSample] = {}
+        for sample in samples:
+            key = (sample.scheme, bucket_of(sample.m), sample.n, sample.k)
+            if sample.origin == "measured" and (key not in fastest or sample.p50_us < fastest[key].p50_us):
+                fastest[key] = sample
+        for (scheme, bucket, n, k), sample in fastest.items():
+            self._known.setdefault((scheme, bucket), {})[(n, k)] = sample.kernel
+
+    def select(self, scheme: Scheme, n: int, k: int) -> tuple[Kernel, ...]:
+        """One kernel for each bucket.
+
+        Raises:
+            UnsupportedError: the scheme does not fit K, or no kernel runs it here.
+        """
+        scheme = resolve(scheme, k)
+        forms = {kernel.name: kernel for kernel in automatic(scheme, n, k, self.device)}
+        return tuple(self._one(scheme, n, k, bucket, forms) for bucket in range(len(BUCKET_M)))
+
+    def _one(self, scheme: Scheme, n: int, k: int, bucket: int, forms: dict[str, Kernel]) -> Kernel:
+        if len(forms) == 1:
+            return next(iter(forms.values()))
+        shapes = self._known.setdefault((scheme.name, bucket), {})
+        near = sorted(shapes, key=lambda s: (abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)), s))
+        for shape in near:
+            if shapes[shape] in forms:
+                return forms[shapes[shape]]
+        m = BUCKET_M[bucket]
+        found = measure_kernels(
+            {scheme.name: list(forms.values())}, {scheme.name: scheme}, n, k, m,
+            dtype=self.dtype, seconds_per_candidate=0.03,
+        )  # fmt: skip
+        name = min(found, key=lambda key: found[key].p50_us)[1]
+        log.info("kernel %s chosen for %s at N=%d K=%d M=%d by timing it now", name, scheme.name, n, k, m)
+        shapes[(n, k)] = name
+        return forms[name]
+
+
+def choose(kernels: "KernelTable | str", scheme: Scheme, n: int, k: int, device: str = "cpu") -> tuple[Kernel, ...]:
+    """One kernel for each bucket: from a table, or the one that is named for all of them."""
+    if isinstance(kernels, KernelTable):
+        return kernels.select(scheme, n, k)
+    return (kernel_named(kernels, resolve(scheme, k), n, k, device),) * len(BUCKET_M)

@@ -1,0 +1,118 @@
+"""Times the kernels of several schemes against each other on one shape, weights cold, activations quantised inside.
+
+First a screening on at most 256 rows of the weight, warm, throws out forms that are more than three times slower than
+their scheme's best (a cold cache has been seen to change ratios by two, not by three). What is left, at most
+two forms a scheme, runs interleaved at full size.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from lowprec_kernels import timing
+from lowprec_kernels.kernel import Kernel, Operands, State
+from lowprec_kernels.packing import pack_int4
+from lowprec_kernels.timing import Timing
+from torch import Tensor
+
+from lowprec.formats import WEIGHT_FORMATS
+from lowprec.records import Scheme
+
+SCREEN_ROWS = 256
+SCREEN_RATIO = 3.0
+FINALISTS = 2
+STATIC_SCALE = 1.0 / 32.0
+Key = tuple[str, str]
+
+
+def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0) -> Operands:
+    """Random codes [n, k] of a resolved `scheme`, for timing; a static scheme gets a fixed activation scale."""
+    generator = torch.Generator().manual_seed(seed)
+    if scheme.weight is None:
+        return Operands(weight="bf16", codes=torch.randn(n, k, generator=generator, dtype=torch.bfloat16))
+    fmt = WEIGHT_FORMATS[scheme.weight]
+    columns = 1 if fmt.group_size is None else k // fmt.group_size
+    scale = (torch.rand(n, columns, generator=generator) / 64 + 1 / 128).to(torch.bfloat16).to(torch.float32)
+    static = torch.tensor(STATIC_SCALE) if scheme.activation is not None and "static" in scheme.activation else None
+    if fmt.code_dtype == torch.float8_e4m3fn:
+        # Random bytes without the two bit patterns that mean NaN.
+        raw = torch.randint(0, 127, (n, k), generator=generator, dtype=torch.uint8)
+        sign = torch.randint(0, 2, (n, k), generator=generator, dtype=torch.uint8) * 128
+        return Operands(weight="fp8", codes=(raw + sign).view(fmt.code_dtype), scale=scale, activation_scale=static)
+    limit = 2 ** (fmt.bits - 1) - 1
+    codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
+    if fmt.bits == 4:
+        return Operands(weight="int4", codes=pack_int4(codes), scale=scale, activation_scale=static)
+    return Operands(weight="int8", codes=codes, scale=scale, activation_scale=static)
+
+
+def independent_states(kernel: Kernel, operands: Operands, copies: int) -> list[State]:
+    """`copies` states that share nothing that `kernel` reads, except small scales that it does not lay out anew."""
+    first = kernel.prepare(operands)
+    if any(tensor.layout is not torch.strided for tensor in first.tensors):
+        # oneDNN's own layouts are prepared anew, so that their clones cannot differ in layout.
+        return [kernel.prepare(operands) for _ in range(copies)]
+    states = []
+    for _ in range(copies):
+        tensors = tuple(tensor.clone() for tensor in first.tensors)
+        # A form that packs does not read the stored codes again, so those need not be held once per copy.
+        packed = first.tensors[0] is not operands.codes
+        stored = operands if packed else dataclasses.replace(operands, codes=tensors[0])
+        states.append(State(operands=stored, tensors=tensors))
+    return states
+
+
+def _candidate(kernel: Kernel, states: Sequence[State], x: Tensor) -> Callable[[int], object]:
+    return lambda copy: kernel.run(states[copy], x)
+
+
+def _screen(scheme: Scheme, kernels: Sequence[Kernel], n: int, k: int, x: Tensor) -> list[Kernel]:
+    """The forms that may be the fastest at full size, best first."""
+    if len(kernels) <= 1:
+        return list(kernels)
+    operands = random_operands(scheme, min(n, SCREEN_ROWS), k)
+    runs = {kernel.name: _candidate(kernel, independent_states(kernel, operands, 1), x) for kernel in kernels}
+    found = timing.time_interleaved(runs, seconds_per_candidate=0.004, min_runs=2, max_runs=20)
+    best = min(t.p50_us for t in found.values())
+    ranked = sorted(kernels, key=lambda kernel: found[kernel.name].p50_us)
+    return [kernel for kernel in ranked if found[kernel.name].p50_us <= SCREEN_RATIO * best][:FINALISTS]
+
+
+def measure_kernels(
+    forms: Mapping[str, Sequence[Kernel]],
+    schemes: Mapping[str, Scheme],
+    n: int,
+    k: int,
+    m: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seconds_per_candidate: float = 0.15,
+    min_runs: int = 3,
+) -> dict[Key, Timing]:
+    """Times x[m, k] @ w[n, k]^T for every scheme, all interleaved.
+
+    Args:
+        forms: name -> the kernels that can run the scheme at this shape.
+        schemes: name -> resolved scheme.
+        dtype: of the activations.
+
+    Returns:
+        (name, kernel) -> its time, for the kernels that passed the screening.
+    """
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        finalists = {name: _screen(schemes[name], kernels, n, k, x) for name, kernels in forms.items()}
+        per_round = sum(kernel.bytes_per_weight * n * k for chosen in finalists.values() for kernel in chosen)
+        copies = timing.copies_for(per_round)
+        runs: dict[str, Callable[[int], object]] = {}
+        keys: dict[str, Key] = {}
+        for name, chosen in finalists.items():
+            operands = random_operands(schemes[name], n, k)
+            for kernel in chosen:
+                label = f"{name}/{kernel.name}"
+                keys[label] = (name, kernel.name)
+                runs[label] = _candidate(kernel, independent_states(kernel, operands, copies), x)
+        found = timing.time_interleaved(
+            runs, copies=copies, seconds_per_candidate=seconds_per_candidate, min_runs=min_runs
+        )
+    return {keys[label]: value for label, value in found.items()}

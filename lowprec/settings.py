@@ -1,0 +1,127 @@
+"""What a run is asked to do, and what the efforts mean in tokens."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowprec.errors import ConfigError
+from lowprec.records import Budget, Objective, Workload
+from lowprec.registry import closest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much work a run may do.
+
+    Attributes:
+        calibration_tokens: tokens whose inputs the Hessians are summed over.
+        sensitivity_tokens: tokens, others than those, that the backward pass goes through: an error that a solver has
+            compensated on some text must not be scored on the same text.
+        tuning_tokens, held_out_tokens: tokens that the mix is verified on, and those of each look of the judge.
+        checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
+        compensated: round once more after allocation, against the inputs that the rounded model produces.
+        rounds: verification rounds at most.
+        window: tokens of a window.
+    """
+
+    name: str
+    calibration_tokens: int
+    sensitivity_tokens: int
+    tuning_tokens: int
+    held_out_tokens: int
+    checked_pairs: int
+    checked_tokens: int
+    compensated: bool
+    rounds: int
+    window: int = 256
+
+
+EFFORTS = {
+    effort.name: effort
+    for effort in (
+        Effort(
+            name="fast",
+            calibration_tokens=20_480,
+            sensitivity_tokens=12_288,
+            tuning_tokens=16_384,
+            held_out_tokens=41_500,
+            checked_pairs=24,
+            checked_tokens=1_024,
+            compensated=False,
+            rounds=3,
+        ),
+        Effort(
+            name="balanced",
+            calibration_tokens=32_768,
+            sensitivity_tokens=32_768,
+            tuning_tokens=24_576,
+            held_out_tokens=44_000,
+            checked_pairs=24,
+            checked_tokens=8_192,
+            compensated=True,
+            rounds=5,
+        ),
+        Effort(
+            name="best",
+            calibration_tokens=65_536,
+            sensitivity_tokens=65_536,
+            tuning_tokens=49_152,
+            held_out_tokens=64_000,
+            checked_pairs=48,
+            checked_tokens=8_192,
+            compensated=True,
+            rounds=5,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that a run is told, beside the model.
+
+    Attributes:
+        schemes: names of schemes or families that may be chosen; bf16 always may.
+        data: files, dataset names or built-in sources; empty for the offline default.
+        device: what the cost is for: "cpu", "cuda", or a device to plan for such as "h100".
+        dollars_per_hour: price of that device, None for its list price.
+        calibration_device: where calibration computes.
+        workers: threads that round layers side by side; they do not change the results.
+    """
+
+    out: Path
+    budget: Budget = field(default_factory=Budget)
+    target: str = "torch"
+    device: str = "cpu"
+    objective: Objective = "time"
+    workload: Workload = field(default_factory=Workload)
+    effort: Effort = EFFORTS["fast"]
+    schemes: tuple[str, ...] = ("fp8", "int8", "int4")
+    data: tuple[str, ...] = ()
+    dollars_per_hour: float | None = None
+    calibration_device: str = "cpu"
+    seed: int = 0
+    workers: int = 2
+
+
+def effort_named(name: str) -> Effort:
+    """The effort called `name`; ConfigError with a suggestion when there is none."""
+    if name not in EFFORTS:
+        raise ConfigError(f"unknown effort {name!r}: {closest(name, list(EFFORTS))}")
+    return EFFORTS[name]
+
+
+def parse_budget(text: str | float, metric: str = "perplexity", confidence: float = 0.95) -> Budget:
+    """A budget from "5%" or "0.05" (relative), or "0.05 abs" (absolute, in the metric's own unit).
+
+    Raises:
+        ConfigError: not a share between 0 and 1.
+    """
+    words = str(text).strip().split()
+    kind = "absolute" if len(words) == 2 and words[1] == "abs" else "relative"
+    number = words[0] if words and len(words) <= (2 if kind == "absolute" else 1) else ""
+    try:
+        limit = float(number.removesuffix("%")) / (100.0 if number.endswith("%") else 1.0)
+    except ValueError as error:
+        raise ConfigError(f"budget {text!r} is no number: give a share like 5% or 0.05") from error
+    absolute = kind == "absolute" or metric in ("kl", "cosine")
+    return Budget(metric=metric, limit=limit, kind="absolute" if absolute else "relative", confidence=confidence)

@@ -1,0 +1,204 @@
+"""Calibration, forwards: one streaming pass that gathers what rounding needs, block by block.
+
+For every group the pass sums the Hessian X^T X of its input over all calibration tokens, notes the input's absolute
+maximum, hands both to `on_group` (which rounds the group's layers), and drops the Hessian: no more than one block's
+are held. The last `probing` batches add nothing to the statistics; the inputs of each block are kept on disk for them,
+and the backward pass of `lowprec.steps.sensitivity` starts from those. An error that was compensated on some text looks
+smaller on that text than it is.
+
+A killed pass resumes at the block that was cut, from the hidden states on disk, with the same results.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.errors import ModelError
+from lowprec.records import Group
+from lowprec.solvers import LayerStatistics
+from lowprec.steps.outcome import Outcome
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.stream import Call, Overlay, Stream
+
+OnGroup = Callable[[Group, LayerStatistics], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Absolute maximum of every group's input, for static activation scales, and over how many batches."""
+
+    amax: tuple[tuple[str, float], ...]
+    batches: int
+
+
+class _StopForward(Exception):
+    """Ends the pass behind the last layer that is gathered."""
+
+
+class Gather:
+    """Hooks that sum the Hessians of `groups` while a block runs, over the first `batches` batches."""
+
+    def __init__(self, stream: Stream, groups: Sequence[Group], batches: int) -> None:
+        self._stream = stream
+        self.groups = groups
+        self.batches = batches
+        self.position = 0
+        self.where: Tensor | None = None
+        self.hessian: dict[str, Tensor] = {}
+        self.amax = dict.fromkeys((g.name for g in groups), 0.0)
+        self.tokens = dict.fromkeys((g.name for g in groups), 0)
+
+    @contextlib.contextmanager
+    def hooks(self, stop_after: bool = False) -> Iterator[None]:
+        """Gathers while open; with `stop_after` the pass ends at the last group's input."""
+        handles = []
+        for group in self.groups:
+            # Layers of one group read the same tensor, so the first one's input is everyone's.
+            layer = self._stream.layers[group.layers[0]]
+            last = stop_after and group is self.groups[-1]
+            handles.append(layer.register_forward_pre_hook(self._hook(group, last)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, group: Group, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.position < self.batches:
+                self.add(group, args[0])
+            if last:
+                raise _StopForward
+
+        return hook
+
+    def add(self, group: Group, x: Tensor) -> None:
+        """Adds the rows of x [B, T, K] or [B, K] that are real."""
+        if self.where is not None and x.shape[:-1] == self.where.shape:
+            x = x[self.where.to(x.device)]
+        x = x.reshape(-1, x.shape[-1])
+        largest = x.abs().max().item() if x.numel() else 0.0
+        # A comparison with NaN is false, so this catches it, too.
+        if not largest < float("inf"):
+            raise ModelError(f"the input of {group.name} holds NaN or infinite values")
+        self.amax[group.name] = max(self.amax[group.name], largest)
+        self.tokens[group.name] += x.shape[0]
+        if group.name not in self.hessian:
+            self.hessian[group.name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self.hessian[group.name].addmm_(x.T, x)
+
+    def statistics(self, group: Group) -> LayerStatistics:
+        """Hands over the group's Hessian and forgets it.
+
+        Raises:
+            ModelError: the group never ran.
+        """
+        tokens = self.tokens[group.name]
+        if not tokens:
+            raise ModelError(f"{group.name} received no input from the calibration data")
+        return LayerStatistics(hessian=self.hessian.pop(group.name).div_(tokens).cpu(), tokens=tokens)
+
+
+def calibrate(
+    stream: Stream,
+    groups: Sequence[Group],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    on_group: OnGroup,
+    scratch: Scratch,
+    probing: int = 0,
+    progress: Progress = lambda done, total: None,
+    overlay: Overlay | None = None,
+    describe: Callable[[Any], str] = lambda batch: "",
+) -> Calibration:
+    """Runs the pass.
+
+    Args:
+        on_group: called once for each group, in order, with its statistics; it may add to `overlay`.
+        probing: how many of the last batches are kept for the sensitivity instead.
+        overlay: what the blocks behind are computed with; rounding that compensates for the layers before it fills
+            this from `on_group`, and each block then runs a second time with it.
+        describe: names the text of a batch in an error.
+
+    Raises:
+        ModelError: NaN or infinite activations; names the layer and the text.
+    """
+    with torch.no_grad():
+        with stream.outer():
+            entered = [stream.enter(batch) for batch in batches]
+        calls = [call for _, call in entered]
+        start, amax = scratch.note("forward") or (0, {})
+        hidden = (scratch.load("hidden") if start else None) or [h for h, _ in entered]
+        del entered
+        for index in range(start, stream.depth):
+            inside = [g for g in groups if g.block == index or stream.whole]
+            if probing and not stream.whole:
+                scratch.save(f"input-{index}", hidden[-probing:])
+            gather = Gather(stream, inside, len(batches) - probing)
+            after = _through(stream, index, hidden, calls, batches, outcome, gather, describe)
+            for group in inside:
+                on_group(group, gather.statistics(group))
+            if overlay is not None:
+                after = _through(stream, index, hidden, calls, batches, outcome, None, describe, overlay)
+            hidden = after
+            amax |= gather.amax
+            if not stream.whole:
+                scratch.save("hidden", hidden)
+                scratch.set_note("forward", (index + 1, amax))
+            progress(index + 1, stream.depth + 1)
+        outside = [g for g in groups if g.block is None and not stream.whole]
+        if outside:
+            gather = Gather(stream, outside, len(batches) - probing)
+            _outside(stream, hidden, batches, outcome, gather)
+            amax |= gather.amax
+            for group in outside:
+                on_group(group, gather.statistics(group))
+        if probing and not stream.whole:
+            scratch.save(f"input-{stream.depth}", hidden[-probing:])
+        progress(stream.depth + 1, stream.depth + 1)
+    return Calibration(amax=tuple(sorted(amax.items())), batches=len(batches) - probing)
+
+
+def _through(
+    stream: Stream,
+    index: int,
+    hidden: Sequence[Any],
+    calls: Sequence[Sequence[Call]],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    gather: Gather | None,
+    describe: Callable[[Any], str],
+    overlay: Overlay | None = None,
+) -> list[Any]:
+    after = []
+    with stream.block(index, overlay or {}), gather.hooks() if gather else contextlib.nullcontext():
+        for position, (given, call, batch) in enumerate(zip(hidden, calls, batches, strict=True)):
+            if gather:
+                gather.position, gather.where = position, outcome.positions(batch)
+            try:
+                out = stream.run(index, given, call[index])
+                if not torch.isfinite(out).all():
+                    raise ModelError(f"the output of {stream.block_names[index]} holds NaN or infinite values")
+            except ModelError as error:
+                raise ModelError(f"{error}{_on(describe(batch))}") from None
+            after.append(out)
+    return after
+
+
+def _on(text: str) -> str:
+    return f", on the text {text}" if text else ""
+
+
+def _outside(
+    stream: Stream, hidden: Sequence[Any], batches: Sequence[Any], outcome: Outcome, gather: Gather
+) -> None:
+    with stream.outer(), gather.hooks(stop_after=True):
+        for given, batch in zip(hidden[: gather.batches], batches, strict=False):
+            gather.where = outcome.positions(batch)
+            with contextlib.suppress(_StopForward):
+                stream.leave(given, batch)

@@ -1,0 +1,126 @@
+"""What every (group, scheme) costs on the target, for the workload and in the objective's unit.
+
+    time     us per request batch: prefill once at M = batch x prompt, decode `output_tokens` times at M = batch
+    bytes    stored bytes, scales included
+    dollars  the time, at the device's price per hour
+
+A head outside the blocks computes one position per sequence in prefill, as generation does. A tied head that stays
+bfloat16 shares the embedding's bytes and costs none of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lowprec.errors import UnsupportedError
+from lowprec.formats import WEIGHT_FORMATS, resolve, scheme_named
+from lowprec.records import CostSample, Group, Objective, Scheme, Workload
+from lowprec.results import StruckOut
+from lowprec.steps.calibrate import Progress
+from lowprec.targets import Target
+
+Widths = Mapping[str, tuple[int, ...]]
+"""Group -> output width of each of its layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCost:
+    """Cost of one group in one scheme."""
+
+    group: str
+    scheme: str
+    us: float
+    bytes: float
+
+
+def candidates(
+    groups: Sequence[Group], widths: Widths, schemes: Sequence[Scheme], target: Target
+) -> tuple[dict[str, tuple[Scheme, ...]], tuple[StruckOut, ...]]:
+    """The schemes that the target can run for each group, bfloat16 always first, and what was struck out and why."""
+    allowed: dict[str, tuple[Scheme, ...]] = {}
+    struck: dict[tuple[str, int, int], StruckOut] = {}
+    for group in groups:
+        kept = [scheme_named("bf16")]
+        for scheme in schemes:
+            reason, settled = None, scheme
+            try:
+                settled = resolve(scheme, group.k)
+            except UnsupportedError as error:
+                reason = str(error)
+            for n in widths[group.name]:
+                reason = reason or target.supports(settled, n, group.k)
+                if reason:
+                    struck[scheme.name, n, group.k] = StruckOut(scheme=settled.name, n=n, k=group.k, reason=reason)
+                    break
+            if reason is None and settled.name != "bf16":
+                kept.append(settled)
+        allowed[group.name] = tuple(dict.fromkeys(kept))
+    return allowed, tuple(struck.values())
+
+
+def rows_of(group: Group, workload: Workload) -> tuple[int, int]:
+    """(M in prefill, M in decode) of the group's matmuls."""
+    return (workload.decode_m if group.block is None else workload.prefill_m), workload.decode_m
+
+
+def time_shapes(
+    groups: Sequence[Group],
+    widths: Widths,
+    allowed: Mapping[str, Sequence[Scheme]],
+    workload: Workload,
+    target: Target,
+    progress: Progress = lambda done, total: None,
+) -> list[CostSample]:
+    """Times every distinct (shape, scheme, M) that some group needs, once."""
+    wanted: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
+    needed: dict[tuple[tuple[int, int], tuple[int, ...]], dict[str, Scheme]] = {}
+    for group in groups:
+        ms = tuple(sorted(set(rows_of(group, workload))))
+        for n in widths[group.name]:
+            wanted.setdefault(ms, {})[n, group.k] = None
+            for scheme in allowed[group.name]:
+                needed.setdefault(((n, group.k), ms), {})[scheme.name] = scheme
+    jobs = [(shape, ms) for ms, shapes in wanted.items() for shape in shapes]
+    samples: list[CostSample] = []
+    for done, (shape, ms) in enumerate(jobs):
+        samples += target.time([shape], list(needed[shape, ms].values()), list(ms))
+        progress(done + 1, len(jobs))
+    return samples
+
+
+def group_costs(
+    groups: Sequence[Group],
+    widths: Widths,
+    allowed: Mapping[str, Sequence[Scheme]],
+    workload: Workload,
+    samples: Sequence[CostSample],
+    tied: Sequence[str] = (),
+) -> dict[tuple[str, str], GroupCost]:
+    """(group, scheme) -> cost.
+
+    Args:
+        tied: groups whose bfloat16 weight is the embedding's own.
+    """
+    time = {(s.scheme, s.n, s.k, s.m): s.p50_us for s in samples}
+    costs = {}
+    for group in groups:
+        prefill, decode = rows_of(group, workload)
+        for scheme in allowed[group.name]:
+            us = sum(
+                time[scheme.name, n, group.k, prefill] + workload.output_tokens * time[scheme.name, n, group.k, decode]
+                for n in widths[group.name]
+            )
+            size = 0.0 if scheme.weight is None and group.name in tied else stored_bytes(group, scheme)
+            costs[group.name, scheme.name] = GroupCost(group=group.name, scheme=scheme.name, us=us, bytes=size)
+    return costs
+
+
+def stored_bytes(group: Group, scheme: Scheme) -> float:
+    """Bytes of the group's weights in `scheme`, scales included."""
+    if scheme.weight is None:
+        return 2.0 * group.parameters
+    return group.n * WEIGHT_FORMATS[scheme.weight].bytes_per_row(group.k)
+
+
+def in_unit(cost: GroupCost, objective: Objective) -> float:
+    """The cost that the allocation minimises; dollars are proportional to time."""
+    return cost.bytes if objective == "bytes" else cost.us

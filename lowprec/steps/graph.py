@@ -1,0 +1,115 @@
+"""Finds the groups: which linear layers there are, and which of them a runtime fuses.
+
+Runtimes concatenate layers of one parent module that read the same tensor ({q, k, v}, {gate, up}); so these are found
+by what the trace saw, not by the names that one architecture uses. Everything that is not in a group is listed with
+its bytes and the reason.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lowprec.records import Group
+from lowprec.results import Unquantised
+from lowprec.steps.linear import input_width, output_width
+from lowprec.steps.stream import Stream
+
+
+def find_groups(stream: Stream) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
+    """The model's groups in the order in which it runs, and what stays unquantised."""
+    members: dict[tuple[str, int], list[str]] = {}
+    refused: dict[str, str] = {}
+    for name in stream.layers:
+        calls = stream.calls[name]
+        reason = _unusable(name, len(calls), stream)
+        if reason:
+            refused[name] = reason
+        else:
+            members.setdefault((name.rpartition(".")[0], calls[0]), []).append(name)
+    groups = [_group(parent, layers, stream) for (parent, _), layers in members.items()]
+    # Blocks first, in order; what lies outside them (the head) runs last.
+    ordered = sorted(groups, key=lambda g: stream.depth if g.block is None else g.block)
+    return tuple(ordered), _unquantised(stream.module, [n for g in ordered for n in g.layers], refused)
+
+
+def _unusable(name: str, calls: int, stream: Stream) -> str | None:
+    if calls == 0:
+        return "never ran in the trace"
+    if calls > 1:
+        return f"runs {calls} times in one forward pass"
+    if stream.block_of(name) is None and not _runs_after_blocks(name, stream):
+        return "feeds the first block"
+    return None
+
+
+def _runs_after_blocks(name: str, stream: Stream) -> bool:
+    """Whether the layer stands behind the blocks in the module tree's order, as heads and poolers do."""
+    order = [n for n, _ in stream.module.named_modules()]
+    return order.index(name) > order.index(stream.block_names[-1])
+
+
+def _group(parent: str, layers: list[str], stream: Stream) -> Group:
+    leaves = [_short(name.rpartition(".")[2]) for name in layers]
+    joint = "qkv" if leaves in (["q", "k", "v"], ["query", "key", "value"]) else "_".join(leaves)
+    modules = [stream.layers[name] for name in layers]
+    n, k = sum(output_width(m) for m in modules), input_width(modules[0])
+    block = stream.block_of(layers[0])
+    inside = parent[len(stream.block_names[block]) :].strip(".") if block is not None else parent
+    # "dense" and the like say nothing alone, so such a role carries its parent's name.
+    role = joint if joint in ("qkv", "gate_up", "o", "down", "lm_head") or not inside else f"{inside}.{joint}"
+    return Group(
+        name=f"{parent}.{joint}".strip("."),
+        layers=tuple(layers),
+        role=role,
+        block=None if stream.whole else block,
+        n=n,
+        k=k,
+        parameters=n * k,
+    )
+
+
+def _short(leaf: str) -> str:
+    stem = leaf.removesuffix("_proj")
+    return stem if stem in ("q", "k", "v", "o", "gate", "up", "down") else leaf
+
+
+def _unquantised(module: nn.Module, grouped: list[str], refused: dict[str, str]) -> tuple[Unquantised, ...]:
+    taken = {id(module.get_submodule(name).weight) for name in grouped}
+    total = sum(_bytes(p) for p in module.parameters())
+    found: dict[str, tuple[str, int]] = {}
+    for name, parameter in module.named_parameters():
+        owner = name.rpartition(".")[0]
+        if id(parameter) in taken and name.endswith("weight"):
+            if isinstance(module.get_submodule(owner), nn.Embedding):
+                found[owner] = ("embedding, tied to a quantised layer's source", _bytes(parameter))
+            continue
+        key, reason = _reason(module, name, owner, parameter, refused)
+        found[key] = (reason, found.get(key, ("", 0))[1] + _bytes(parameter))
+    return tuple(
+        Unquantised(name=name, reason=reason, bytes=size, share=size / total)
+        for name, (reason, size) in sorted(found.items(), key=lambda item: -item[1][1])
+    )
+
+
+def _reason(
+    module: nn.Module, name: str, owner: str, parameter: torch.Tensor, refused: dict[str, str]
+) -> tuple[str, str]:
+    if owner in refused:
+        return owner, refused[owner]
+    if isinstance(module.get_submodule(owner), nn.Embedding):
+        return owner, "embedding"
+    if parameter.ndim == 3:
+        return name, "fused mixture-of-experts weights, not supported yet"
+    if parameter.ndim <= 1:
+        return "norms and biases", "vectors"
+    return name, "not a linear layer"
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def linear_parameters(groups: Iterable[Group]) -> int:
+    """Parameters of all groups together."""
+    return sum(group.parameters for group in groups)

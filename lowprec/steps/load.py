@@ -1,0 +1,232 @@
+"""A model from a Hugging Face name or folder, a GGUF file, or an `nn.Module` that is already there.
+
+Weights are loaded in the precision they are stored in (GGUF's are dequantised to bfloat16); blocks are widened one at
+a time by `lowprec.steps.stream`. Nothing is unpickled; remote code runs only when asked for; the network is used only
+for a name that is no local path.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lowprec.artifacts.folder import explained
+from lowprec.artifacts.loading import quiet
+from lowprec.artifacts.source import check_config, check_gguf, check_model_folder, finite_tensors
+from lowprec.errors import ArtifactError, ConfigError, ModelError
+from lowprec.records import digest
+from lowprec.steps.outcome import Outcome, Tokens, Vector
+from lowprec.steps.stream import Forward
+
+Kind = Literal["decoder", "encoder", "module"]
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A model that can be optimised.
+
+    Attributes:
+        module: the weights, in their stored precision.
+        forward: (module, batch) -> logits [B, T, V] of a decoder, or any output [B, ...].
+        tokenizer: None when batches are given ready-made.
+        config: transformers configuration; None for a plain module, which has no checkpoint format.
+        revision: digest of the weights, so that results are never mixed up between models.
+        metric: (reference output, output) -> [B] loss, for models without logits.
+    """
+
+    module: nn.Module
+    forward: Forward
+    name: str
+    revision: str
+    kind: Kind
+    tokenizer: Any = None
+    config: Any = None
+    generation_config: Any = None
+    metric: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the model's output is weighed."""
+        return Tokens() if self.kind == "decoder" else Vector()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most weights are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.module.parameters():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Name -> tensor, as a checkpoint names them."""
+        state: Mapping[str, Tensor] = self.module.state_dict()
+        return state
+
+
+def decoder_forward(module: nn.Module, batch: Any) -> Tensor:
+    """Logits of right-padded windows; under the causal mask the padding reaches no real token."""
+    ids = batch if isinstance(batch, Tensor) else batch.ids
+    logits: Tensor = module(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def sentence_forward(module: nn.Module, batch: Any) -> Tensor:
+    """Sentence embeddings [B, D]: the mean of the last hidden states of real tokens, normalised."""
+    ids, mask = (batch, torch.ones_like(batch)) if isinstance(batch, Tensor) else (batch.ids, batch.mask().long())
+    hidden = module(input_ids=ids, attention_mask=mask).last_hidden_state
+    weight = mask.to(hidden)[..., None]
+    return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def cosine_loss(reference: Tensor, output: Tensor) -> Tensor:
+    """[B, D], [B, D] -> [B]: 1 - cos."""
+    return 1.0 - nn.functional.cosine_similarity(reference, output, dim=-1)
+
+
+def wrap(
+    module: nn.Module,
+    forward: Forward,
+    *,
+    tokenizer: Any = None,
+    name: str | None = None,
+    kind: Kind = "module",
+    metric: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Model:
+    """A model from an `nn.Module` of yours and a function that computes its output from a batch.
+
+    Args:
+        kind: "decoder" when the output is logits over the next token; then the budget is one of perplexity.
+        metric: (reference output, output) -> [B] loss, zero when nothing changed.
+
+    Raises:
+        ModelError: weights that are not finite.
+    """
+    return Model(
+        module=module.eval(),
+        forward=forward,
+        tokenizer=tokenizer,
+        name=name or type(module).__name__,
+        revision=_weights_digest(module),
+        kind=kind,
+        config=getattr(module, "config", None),
+        metric=metric,
+    )
+
+
+def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
+    """Loads a model by Hugging Face name, from a folder, or from a GGUF file.
+
+    Raises:
+        ArtifactError, ModelError: missing, truncated or damaged files, unknown architectures, weights that are not
+            finite.
+        ConfigError: neither a path nor a name.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _load_gguf(path)
+    folder = path if path.exists() else _download(str(source))
+    check_model_folder(folder, trust_remote_code)
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        decoder = _is_decoder(config)
+        auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
+        try:
+            module, info = auto.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+        except OSError as error:
+            raise explained(folder, error) from error
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        wrong = missing or info["mismatched_keys"]
+        if wrong:
+            raise ModelError(f"{folder}: weights are missing or of the wrong shape: {wrong}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return _model(module, tokenizer, str(source), decoder)
+
+
+def _is_decoder(config: Any) -> bool:
+    names = config.architectures or ()
+    return any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
+
+
+def _model(module: Any, tokenizer: Any, name: str, decoder: bool) -> Model:
+    return Model(
+        module=module.eval(),
+        forward=decoder_forward if decoder else sentence_forward,
+        tokenizer=tokenizer,
+        name=name,
+        revision=_weights_digest(module),
+        kind="decoder" if decoder else "encoder",
+        config=module.config,
+        generation_config=getattr(module, "generation_config", None),
+        metric=None if decoder else cosine_loss,
+    )
+
+
+def _download(name: str) -> Path:
+    if not HUB_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no folder, no GGUF file and no Hugging Face name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{name!r} is no local path and cannot be had from the hub ({reason})") from error
+
+
+def _load_gguf(path: Path) -> Model:
+    check_gguf(path)
+    try:
+        import gguf  # noqa: F401 - transformers needs it, and says so less clearly
+    except ImportError as error:
+        raise ConfigError("GGUF files need the package gguf: pip install 'lowprec[gguf]'") from error
+    folder, name = str(path.parent), path.name
+    with quiet():
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        except (ValueError, KeyError, OSError) as error:
+            raise ArtifactError(path, f"cannot be loaded ({error}); get the file again") from error
+        # What transformers makes of a GGUF file counts as quantised and refuses to be saved.
+        config = type(loaded.config).from_dict(
+            {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        )
+        config.architectures = [type(loaded).__name__]
+        with torch.device("meta"):
+            module = type(loaded)(config)
+        module.load_state_dict(loaded.state_dict(), assign=True)
+        module.tie_weights()
+        for name_, buffer in loaded.named_buffers():
+            owner, _, leaf = name_.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer
+    check_config_known(config)
+    return _model(module, tokenizer, str(path), decoder=True)
+
+
+def check_config_known(config: Any) -> None:
+    """Raises ModelError when transformers has no architecture for `config`."""
+    names = config.architectures or [""]
+    if not hasattr(transformers, names[0]):
+        raise ModelError(f"transformers {transformers.__version__} does not know the architecture {names[0]!r}")
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """Digest over names and bytes of all parameters; also where weights that are not finite are found."""
+    parts: list[str] = []
+    for name, tensor in finite_tensors(module.named_parameters()):
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+        parts.append(f"{name}:{tuple(tensor.shape)}:{hashlib.sha256(raw.data).hexdigest()}")
+    return digest(*parts)
+
+
+__all__ = ["Model", "check_config", "cosine_loss", "decoder_forward", "load", "sentence_forward", "wrap"]

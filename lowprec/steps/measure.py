@@ -1,0 +1,171 @@
+"""Measures what a change of the model costs: runs reference and candidates on the same batches and compares outputs.
+
+Everything streams: a candidate is a stream, an overlay, and the hidden states behind its last block. What differs
+only from some block on starts from the reference's hidden states there (`measure_pairs`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowprec.steps.calibrate import Progress
+from lowprec.steps.data import TokenSet
+from lowprec.steps.scores import PairedScores, token_scores
+from lowprec.steps.stream import NOTHING, Overlay, Override, Stream
+
+Compare = Callable[[Tensor, Tensor, Any], Tensor]
+"""(reference output, output, batch) -> [B, columns]; the last column is KL in nats, or what stands for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """A model's way through some batches: hidden states behind the last block, one per batch."""
+
+    stream: Stream
+    hidden: Sequence[Any]
+    overlay: Overlay
+
+
+@torch.no_grad()
+def run_through(
+    stream: Stream, batches: Sequence[Any], overlay: Overlay = NOTHING, progress: Progress = lambda done, total: None
+) -> Run:
+    """Streams all batches through all blocks."""
+    with stream.outer(overlay):
+        entered = [stream.enter(batch) for batch in batches]
+    hidden = [h for h, _ in entered]
+    for index in range(stream.depth):
+        with stream.block(index, overlay):
+            hidden = [stream.run(index, h, call[index]) for h, (_, call) in zip(hidden, entered, strict=True)]
+        progress(index + 1, stream.depth)
+    return Run(stream=stream, hidden=hidden, overlay=overlay)
+
+
+@torch.no_grad()
+def compare(reference: Run, candidates: Sequence[Run], batches: Sequence[Any], by: Compare) -> list[Tensor]:
+    """[rows of all batches, columns] for each candidate."""
+    rows: list[list[Tensor]] = [[] for _ in candidates]
+    # The heads' weights are dequantised once, not once a batch.
+    overlays = [_kept(c.overlay, c.stream) for c in candidates]
+    with reference.stream.outer():
+        streams = {id(c.stream): c.stream for c in candidates if c.stream is not reference.stream}
+        opened = [stream.outer() for stream in streams.values()]
+        for context in opened:
+            context.__enter__()
+        try:
+            for position, batch in enumerate(batches):
+                expected = reference.stream.leave(reference.hidden[position], batch)
+                for candidate, overlay, into in zip(candidates, overlays, rows, strict=True):
+                    with candidate.stream.outer(overlay):
+                        output = candidate.stream.leave(candidate.hidden[position], batch)
+                        into.append(by(expected, output, batch).cpu())
+        finally:
+            for context in opened:
+                context.__exit__(None, None, None)
+    return [torch.cat(found) for found in rows]
+
+
+def _kept(overlay: Overlay, stream: Stream) -> Overlay:
+    if stream.whole:
+        return NOTHING
+    outside = {name: o for name, o in overlay.items() if stream.block_of(name) is None}
+    return {name: _with_weight(o, o.weight() if o.weight else None) for name, o in outside.items()}
+
+
+def _with_weight(override: Override, weight: Tensor | None) -> Override:
+    return dataclasses.replace(override, weight=None if weight is None else (lambda: weight))
+
+
+def compare_tokens(reference: Tensor, output: Tensor, batch: Any) -> Tensor:
+    """Logits [B, T, V] of next tokens -> [B, 5]: tokens, loss before, loss after, top-1 agreements, KL, summed."""
+    rows = []
+    for row, length in enumerate(batch.lengths.tolist()):
+        labels = batch.ids[row, 1:length].to(output.device)
+        before, after, kl, same = token_scores(reference[row, : length - 1], output[row, : length - 1], labels)
+        sums = [before.sum(), after.sum(), same.sum(), kl.sum()]
+        rows.append(torch.stack([torch.tensor(float(length - 1)), *[s.double().cpu() for s in sums]]))
+    return torch.stack(rows)
+
+
+def compare_vectors(metric: Callable[[Tensor, Tensor], Tensor] | None) -> Compare:
+    """For outputs [B, ...] without probabilities -> [B, 3]: one, the metric's value, half the squared error.
+
+    Args:
+        metric: (reference, output) -> [B] loss, zero when nothing changed; None takes half the squared error.
+    """
+
+    def by(reference: Tensor, output: Tensor, _: Any) -> Tensor:
+        half_square = 0.5 * (output - reference).flatten(1).double().square().sum(1)
+        value = half_square if metric is None else metric(reference, output).double()
+        return torch.stack([torch.ones_like(half_square), value, half_square], 1)
+
+    return by
+
+
+def mean_kl(table: Tensor) -> float:
+    """KL per event of a comparison's table: its first column counts, its last one sums."""
+    return float(table[:, -1].sum() / table[:, 0].sum())
+
+
+def paired(table: Tensor, data: TokenSet, batches: Sequence[Any]) -> PairedScores:
+    """The table of `compare_tokens` with each window's unit and source."""
+    order = [window for batch in batches for window in batch.index]
+    columns = table.double().numpy()
+    return PairedScores(
+        unit=np.array([data.units[i] for i in order]),
+        source=np.array([data.sources[i] for i in order]),
+        tokens=columns[:, 0].astype(np.int64),
+        loss_reference=columns[:, 1],
+        loss=columns[:, 2],
+        top1=columns[:, 3],
+        kl=columns[:, 4],
+    )
+
+
+@torch.no_grad()
+def measure_pairs(
+    stream: Stream,
+    batches: Sequence[Any],
+    overlays: Mapping[tuple[str, str], Overlay],
+    by: Compare,
+    progress: Progress = lambda done, total: None,
+) -> dict[tuple[str, str], float]:
+    """Measured KL of each (group, scheme) alone, nats per event.
+
+    Each pair starts at its own block from the reference's hidden states, so the blocks before it cost nothing.
+    """
+    with stream.outer():
+        entered = [stream.enter(batch) for batch in batches]
+    hidden = [h for h, _ in entered]
+    calls = [call for _, call in entered]
+    first = {pair: min(_first_block(stream, name) for name in overlay) for pair, overlay in overlays.items()}
+    changed: dict[tuple[str, str], Run] = {}
+    for index in range(stream.depth):
+        # Those that branch off here run this block with their own weights; the others, and the reference, without.
+        for pair in (p for p, block in first.items() if block == index):
+            with stream.block(index, overlays[pair]):
+                after = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+            changed[pair] = Run(stream=stream, hidden=after, overlay=overlays[pair])
+        with stream.block(index):
+            for pair in (p for p, block in first.items() if block < index):
+                run = changed[pair]
+                after = [stream.run(index, h, call[index]) for h, call in zip(run.hidden, calls, strict=True)]
+                changed[pair] = dataclasses.replace(run, hidden=after)
+            hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+        progress(index + 1, stream.depth)
+    for pair in (p for p, block in first.items() if block >= stream.depth):
+        changed[pair] = Run(stream=stream, hidden=hidden, overlay=overlays[pair])
+    reference = Run(stream=stream, hidden=hidden, overlay=NOTHING)
+    pairs = list(changed)
+    tables = compare(reference, [changed[pair] for pair in pairs], batches, by)
+    return {pair: mean_kl(table) for pair, table in zip(pairs, tables, strict=True)}
+
+
+def _first_block(stream: Stream, layer: str) -> int:
+    block = stream.block_of(layer)
+    return stream.depth if block is None else block

@@ -1,0 +1,91 @@
+"""What a model's output means: how a small change of it is weighed, and which positions count.
+
+The sensitivity needs log p(y | input) with y sampled from the model itself; its gradient is the score function, whose
+square averages to the Fisher information, the second derivative of KL(reference || changed).
+
+- `Tokens`: logits over a vocabulary at every position. y is one sampled next token per position.
+- `Vector`: an output o without probabilities (an embedding) is taken as the mean of a Gaussian of unit variance. Then
+  the score of y = o + r is r, and KL = |o' - o|^2 / 2: half the squared output error, which for normalised sentence
+  embeddings is exactly their cosine loss 1 - cos.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Outcome(Protocol):
+    """How an output is weighed."""
+
+    def positions(self, batch: Any) -> Tensor | None:
+        """[B, T] bool, True where the batch holds something real; None when everything is."""
+
+    def events(self, batch: Any, output: Tensor) -> Tensor:
+        """[B] how many predictions each row makes: KL is reported per event."""
+
+    def sampled_log_likelihood(self, output: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
+        """Scalar: the log-likelihood of labels sampled from `output`, summed over the batch."""
+
+
+def _positions(batch: Any) -> Tensor | None:
+    if hasattr(batch, "lengths"):
+        lengths: Tensor = batch.lengths
+        return torch.arange(batch.ids.shape[1], device=lengths.device)[None] < lengths[:, None]
+    if isinstance(batch, Mapping) and "attention_mask" in batch:
+        mask: Tensor = batch["attention_mask"]
+        return mask.bool()
+    return None
+
+
+class Tokens:
+    """Logits [B, T, V] over the next token."""
+
+    def positions(self, batch: Any) -> Tensor | None:
+        """Real tokens of right-padded windows."""
+        return _positions(batch)
+
+    def events(self, batch: Any, output: Tensor) -> Tensor:
+        """Real tokens per row."""
+        where = self.positions(batch)
+        return torch.full((output.shape[0],), output.shape[1]) if where is None else where.sum(1)
+
+    def sampled_log_likelihood(self, output: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
+        """Sum over real positions of log p(y), y ~ p."""
+        where = self.positions(batch)
+        flat = output.flatten(0, 1) if where is None else output[where.to(output.device)]
+        with torch.no_grad():
+            labels = _sample(flat, generator)
+        return -torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
+class Vector:
+    """An output [B, ...] without probabilities."""
+
+    def positions(self, batch: Any) -> Tensor | None:
+        """Whatever the batch's attention mask says."""
+        return _positions(batch)
+
+    def events(self, batch: Any, output: Tensor) -> Tensor:
+        """One per row."""
+        return torch.ones(output.shape[0], dtype=torch.long)
+
+    def sampled_log_likelihood(self, output: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
+        """<r, o> with r ~ N(0, I): its gradient is the score of a sample of the unit Gaussian around o."""
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return (noise * output).sum()
+
+
+def _sample(logits: Tensor, generator: torch.Generator, chunk: int = 64) -> Tensor:
+    """One category per row of `logits` [R, V], by inverting the distribution function; chunked to stay small.
+
+    The random numbers come from the CPU's generator, so that every device samples the same labels.
+    """
+    drawn = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+    labels = torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
+    for start in range(0, logits.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        cumulative = logits[rows].float().softmax(-1).cumsum(-1)
+        labels[rows] = torch.searchsorted(cumulative, drawn[rows] * cumulative[:, -1:]).squeeze(-1)
+    return labels.clamp_max(logits.shape[1] - 1)

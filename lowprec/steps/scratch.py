@@ -1,0 +1,76 @@
+"""Tensors that one step keeps on disk for itself: hidden states between blocks, and where it stands.
+
+Everything is written to a temporary name and renamed, so a killed run finds either the old file or the new one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowprec.errors import ArtifactError
+
+
+class Scratch:
+    """A folder of lists of tensors and small JSON notes, tied to the digest of what it was made from.
+
+    Args:
+        path: the folder; made when first written to.
+        digest: of the step's inputs; contents of another digest are thrown away.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        if self.note("inputs") != digest:
+            self.clear()
+            self.set_note("inputs", digest)
+
+    def save(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Stores the list under `name`.
+
+        Raises:
+            ArtifactError: the disk is full or not writable.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / f"{name}.safetensors"
+        fresh = file.with_suffix(".new")
+        try:
+            save_file({f"{i:06d}": t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, fresh)
+            os.replace(fresh, file)
+        except (OSError, SafetensorError) as error:
+            fresh.unlink(missing_ok=True)
+            raise ArtifactError(file, f"cannot be written ({error}); free some space, then run again") from error
+
+    def load(self, name: str) -> list[Tensor] | None:
+        """The list stored under `name`, None when there is none."""
+        file = self.path / f"{name}.safetensors"
+        if not file.exists():
+            return None
+        stored = load_file(file)
+        return [stored[key] for key in sorted(stored)]
+
+    def set_note(self, name: str, value: Any) -> None:
+        """Stores a JSON value under `name`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        fresh = self.path / f"{name}.new"
+        fresh.write_text(json.dumps(value))
+        os.replace(fresh, self.path / f"{name}.json")
+
+    def note(self, name: str) -> Any:
+        """The JSON value stored under `name`, None when there is none."""
+        file = self.path / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def forget(self, name: str) -> None:
+        """Deletes the list stored under `name`."""
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes everything."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,324 @@
+"""Sensitivity, backwards: what every (group, scheme) costs, in nats of KL, from one backward pass per sequence.
+
+For a small change of a layer's output the Fisher information gives, per sequence,
+
+    KL(p || p') = 1/2 E_y [ e(y)^2 ],    e(y) = <dW, grad_W log p(y)> + <dx, grad_x log p(y)>
+
+with y sampled from the model (Amari, Natural gradient works efficiently in learning, 1998, eq. 2). The square is taken
+of the whole sequence's sum: an error at one token reaches the tokens after it, and squaring per token underrates
+attention's layers several times. dW is the error that the solver really left, dx the rounding error of the layer's
+input, both summed over the layers of a group before they are squared. All schemes share one backward pass: a layer's
+gradient G[N, K] is formed once per sequence and multiplied with every scheme's error.
+
+The pass goes through the blocks from the last to the first, recomputing each from the inputs that calibration kept, so
+that only one block's errors and gradients are ever held. A killed pass resumes at the block that was cut.
+
+e itself is kept per sequence: two groups' e add before squaring, which predicts a mix including its cross terms.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.errors import ArtifactError
+from lowprec.formats import ACTIVATION_FORMATS
+from lowprec.records import Group, Scheme, SensitivityRow
+from lowprec.steps.calibrate import Progress
+from lowprec.steps.outcome import Outcome
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.stream import Call, Stream
+
+Key = tuple[str, str, str]
+Row = dict[Key, Tensor]
+Errors = Callable[[str, Sequence[str]], Tensor]
+"""(layer, weight formats) -> [formats, N, K], the solved minus the original weight."""
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Effects:
+    """First-order effects e of each rounding on the sampled log-likelihood, [sequences, columns].
+
+    `columns` names what each column is: (group, "weight" or "activation", format). `events` [sequences] is how many
+    predictions each sequence makes.
+    """
+
+    columns: tuple[Key, ...]
+    values: Tensor
+    events: Tensor
+
+    def of(self, group: str, scheme: Scheme) -> Tensor:
+        """[sequences] effect of `group` in `scheme`."""
+        total = torch.zeros(self.values.shape[0], dtype=torch.float64)
+        for kind, fmt in (("weight", scheme.weight), ("activation", scheme.activation)):
+            if fmt is not None:
+                total += self.values[:, self._position(group, kind, fmt)].double()
+        return total
+
+    def _position(self, group: str, kind: str, fmt: str) -> int:
+        return self.columns.index((group, kind, fmt))
+
+    def kl(self, effect: Tensor) -> tuple[float, float]:
+        """Predicted KL per event in nats, and its standard error over sequences."""
+        squares = 0.5 * effect.square() / self.events.double().mean()
+        return float(squares.mean()), float(squares.std() / max(len(squares) - 1, 1) ** 0.5)
+
+    def kl_of_mix(self, schemes: Mapping[str, Scheme]) -> float:
+        """Predicted KL of a whole mix: effects add over groups before they are squared."""
+        effects = [self.of(group, scheme) for group, scheme in schemes.items() if scheme.name != "bf16"]
+        return self.kl(torch.stack(effects).sum(0))[0] if effects else 0.0
+
+
+class _Probe:
+    """Hooks on the layers of some groups that turn (input, output gradient) into effects."""
+
+    def __init__(
+        self, stream: Stream, groups: Sequence[Group], weights: Mapping[str, Sequence[str]],
+        activations: Sequence[str], errors: Errors,
+    ) -> None:  # fmt: skip
+        self._stream, self._groups = stream, groups
+        self._activations = activations
+        self._errors = {
+            layer: errors(layer, weights[group.name]).to(stream.device, torch.bfloat16)
+            for group in groups
+            for layer in group.layers
+        }
+        self._weights = weights
+        self._input: dict[str, Tensor] = {}
+        self._rounding: dict[tuple[int, str], Tensor] = {}
+        self.row: Row = {}
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Probes while open."""
+        handles = []
+        for group in self._groups:
+            for name in group.layers:
+                layer = self._stream.layers[name]
+                if self._stream.whole:
+                    handles.append(layer.register_forward_pre_hook(_starts_gradient))
+                handles.append(layer.register_forward_hook(self._forward(name)))
+                handles.append(layer.register_full_backward_hook(self._backward(group, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forward(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            self._input[name] = args[0].detach()
+
+        return hook
+
+    def _backward(self, group: Group, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
+            x, g = self._input.pop(name), grad_output[0]
+            self._add(group, "weight", self._weights[group.name], _weight_effects(x, g, self._errors[name]))
+            if self._activations and grad_input[0] is not None:
+                self._add(group, "activation", self._activations, self._input_effects(x, grad_input[0]))
+
+        return hook
+
+    def _input_effects(self, x: Tensor, gradient: Tensor) -> Tensor:
+        columns = []
+        for name in self._activations:
+            # q, k and v read one tensor: round it once.
+            key = (x.data_ptr(), name)
+            if key not in self._rounding:
+                fmt = ACTIVATION_FORMATS[name]
+                self._rounding[key] = fmt.fake_quantize(x) - x
+            columns.append((gradient * self._rounding[key]).flatten(1).sum(1))
+        return torch.stack(columns, 1)
+
+    def _add(self, group: Group, kind: str, formats: Sequence[str], effects: Tensor) -> None:
+        for i, fmt in enumerate(formats):
+            key = (group.name, kind, fmt)
+            self.row[key] = self.row[key] + effects[:, i] if key in self.row else effects[:, i]
+
+    def take(self) -> Row:
+        """The batch's effects, each [B]; starts anew."""
+        row, self.row = self.row, {}
+        self._rounding.clear()
+        self._input.clear()
+        return row
+
+
+def _starts_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Weights need no gradient here, so the first layer's input has to be where the graph starts."""
+    x: Tensor = args[0]
+    return (x if x.requires_grad else x.detach().requires_grad_(), *args[1:])
+
+
+def _weight_effects(x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
+    """x [B, T, K], output gradients g [B, T, N], errors [F, N, K] -> [B, F]: <dW_f, g_b^T x_b>, in slices of N."""
+    if x.ndim == 2:
+        x, g = x[:, None], g[:, None]
+    x, g = x.reshape(x.shape[0], -1, x.shape[-1]), g.reshape(g.shape[0], -1, g.shape[-1])
+    formats, n, k = errors.shape
+    total = torch.zeros(x.shape[0], formats, device=x.device)
+    step = max(1, CHUNK_ELEMENTS // (k * (x.shape[0] + formats)))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        gradient = torch.bmm(g[:, :, rows].transpose(1, 2), x)
+        total += gradient.flatten(1) @ errors[:, rows].float().flatten(1).T
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pass:
+    """What the backward pass is made of."""
+
+    stream: Stream
+    batches: Sequence[Any]
+    outcome: Outcome
+    scratch: Scratch
+    seed: int
+
+    def sampled(self, output: Tensor, position: int) -> Tensor:
+        """Log-likelihood of labels that depend on the seed and the batch alone, so that a resumed pass agrees."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
+        return self.outcome.sampled_log_likelihood(output, self.batches[position], generator)
+
+    def whole(self, probe: _Probe) -> list[Row]:
+        """A model without a cut: one pass through all of it."""
+        rows = []
+        with self.stream.block(0), probe.hooks():
+            for position, batch in enumerate(self.batches):
+                torch.autograd.backward(self.sampled(self.stream.run(0, batch, ((), {})), position))
+                rows.append(probe.take())
+        return rows
+
+    def tail(self, probe: _Probe) -> tuple[list[Row], list[Tensor]]:
+        """Through what lies behind the blocks; also returns the gradient of each batch's last hidden state."""
+        rows, gradients = [], []
+        hidden = self._inputs(self.stream.depth)
+        with self.stream.outer(), probe.hooks():
+            for position, batch in enumerate(self.batches):
+                given = hidden[position].to(self.stream.device).requires_grad_()
+                likelihood = self.sampled(self.stream.leave(given, batch), position)
+                gradients.append(torch.autograd.grad(likelihood, given)[0])
+                rows.append(probe.take())
+        return rows, gradients
+
+    def block(
+        self, index: int, probe: _Probe, gradients: list[Tensor], calls: Sequence[Sequence[Call]]
+    ) -> tuple[list[Row], list[Tensor]]:
+        """Through block `index`; `gradients` are those of its outputs, and those of its inputs come back."""
+        rows, before = [], []
+        hidden = self._inputs(index)
+        with self.stream.block(index), probe.hooks():
+            for given, gradient, call in zip(hidden, gradients, calls, strict=True):
+                leaf = given.to(self.stream.device).requires_grad_()
+                out = self.stream.run(index, leaf, call[index])
+                before.append(torch.autograd.grad(out, leaf, gradient.to(self.stream.device))[0])
+                rows.append(probe.take())
+        return rows, before
+
+    def _inputs(self, index: int) -> list[Tensor]:
+        hidden = self.scratch.load(f"input-{index}")
+        if hidden is None:
+            raise ArtifactError(self.scratch.path, f"input-{index} is missing; delete the folder and calibrate again")
+        return hidden
+
+
+def effects(
+    stream: Stream,
+    groups: Sequence[Group],
+    schemes: Mapping[str, Sequence[Scheme]],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    errors: Errors,
+    scratch: Scratch,
+    seed: int,
+    progress: Progress = lambda done, total: None,
+) -> Effects:
+    """Runs the pass over the batches whose block inputs calibration kept in `scratch`.
+
+    Args:
+        schemes: group -> the schemes to score.
+        errors: the rounding error of each layer in each weight format.
+        seed: of the sampled labels.
+    """
+    weights = {g.name: sorted({s.weight for s in schemes[g.name] if s.weight}) for g in groups}
+    named = {s.activation for g in groups for s in schemes[g.name] if s.activation}
+    activations = sorted(name for name in named if ACTIVATION_FORMATS[name].dynamic)
+    run = _Pass(stream=stream, batches=batches, outcome=outcome, scratch=scratch, seed=seed)
+
+    def probe(chosen: Sequence[Group]) -> _Probe:
+        return _Probe(stream, chosen, weights, activations, errors)
+
+    columns: list[Key] = []
+    values: list[Tensor] = []
+
+    def keep(rows: Sequence[Row]) -> None:
+        for key in rows[0]:
+            columns.append(key)
+            values.append(torch.cat([row[key].cpu() for row in rows]))
+
+    with stream.outer():
+        entered = [stream.enter(batch) for batch in batches]
+    events = torch.cat([outcome.events(batch, _rows(h, batch)) for (h, _), batch in zip(entered, batches, strict=True)])
+    if stream.whole:
+        keep(run.whole(probe(groups)))
+        return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
+    calls = [call for _, call in entered]
+    start = scratch.note("backward")
+    if start is None:
+        rows, gradients = run.tail(probe([g for g in groups if g.block is None]))
+        _checkpoint(scratch, stream.depth, rows, gradients)
+        start = stream.depth
+    else:
+        gradients = scratch.load("gradient") or []
+    for index in reversed(range(start)):
+        rows, gradients = run.block(index, probe([g for g in groups if g.block == index]), gradients, calls)
+        _checkpoint(scratch, index, rows, gradients)
+        progress(stream.depth - index, stream.depth)
+    for index in range(stream.depth + 1):
+        keep(_stored_rows(scratch, index))
+    return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
+
+
+def _rows(hidden: Any, batch: Any) -> Tensor:
+    return hidden if isinstance(hidden, Tensor) else torch.as_tensor(next(iter(batch.values())))
+
+
+def _checkpoint(scratch: Scratch, index: int, rows: Sequence[Row], gradients: Sequence[Tensor]) -> None:
+    keys = list(rows[0])
+    scratch.save(f"effects-{index}", [torch.cat([row[key] for row in rows]) for key in keys])
+    scratch.set_note(f"effects-{index}", keys)
+    scratch.save("gradient", gradients)
+    scratch.set_note("backward", index)
+
+
+def _stored_rows(scratch: Scratch, index: int) -> list[Row]:
+    values, keys = scratch.load(f"effects-{index}"), scratch.note(f"effects-{index}")
+    assert values is not None
+    return [{tuple(key): value for key, value in zip(keys, values, strict=True)}]
+
+
+def rows_of(
+    found: Effects, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], solver: Callable[[Scheme], str]
+) -> tuple[SensitivityRow, ...]:
+    """The table of (group, scheme) that sensitivity.json holds."""
+    table = []
+    for group in groups:
+        for scheme in schemes[group.name]:
+            kl, stderr = found.kl(found.of(group.name, scheme))
+            table.append(
+                SensitivityRow(
+                    group=group.name,
+                    scheme=scheme.name,
+                    solver=solver(scheme),
+                    predicted_kl_nats=kl,
+                    measured_kl_nats=None,
+                    stderr=stderr,
+                    tokens=int(found.events.sum()),
+                )
+            )
+    return tuple(table)

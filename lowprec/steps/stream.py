@@ -1,0 +1,300 @@
+"""A model cut into blocks that run one after the other, so that only one block is ever held in float32.
+
+The model keeps its weights as they were loaded (bfloat16, memory-mapped where the loader can). A block is
+*materialised* while all samples run through it: its parameters are replaced by copies in the compute dtype on the
+calibration device, or by an overlay's dequantised weights, and put back afterwards. Peak memory is the stored weights,
+two blocks, and the samples' activations.
+
+The cut is found, not configured: the `nn.ModuleList` with the most linear weights whose members run once each, in
+order, every output being the next one's input. Where there is none (any other `nn.Module`), the whole model is one
+block; everything works, only without the saving.
+
+    enter(batch)            -> what block 0 receives, and each block's other arguments
+    run(i, hidden, call)    -> what block i makes of it
+    leave(hidden, batch)    -> the model's output (logits, embeddings)
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.formats import ACTIVATION_FORMATS
+from lowprec.steps.linear import linear_layers, stored_weight, weight_of
+
+Forward = Callable[[nn.Module, Any], Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Override:
+    """What one linear layer computes with instead of its own weight.
+
+    Attributes:
+        weight: makes the [N, K] float32 weight when the block is materialised; None keeps the layer's own.
+        activation: name of the format that its input is rounded to, None for none.
+        activation_scale: scalar, for static activation formats.
+    """
+
+    weight: Callable[[], Tensor] | None
+    activation: str | None = None
+    activation_scale: Tensor | None = None
+
+
+Overlay = Mapping[str, Override]
+NOTHING: Overlay = {}
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the blocks' inputs are known."""
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: hands on its input, or `inject` instead of it, and notes how it was called."""
+
+    def __init__(self, block: nn.Module, inject: Tensor | None, as_tuple: bool, stop: bool) -> None:
+        super().__init__()
+        # Models ask a block for attributes such as its attention type before they call it.
+        self.__dict__["_block"] = block
+        self.__dict__["_inject"] = inject
+        self.__dict__["_as_tuple"] = as_tuple
+        self.__dict__["_stop"] = stop
+        self.call: Call | None = None
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden, (args, kwargs)
+        if self.__dict__["_stop"]:
+            raise _Stop
+        inject = self.__dict__["_inject"]
+        out = hidden if inject is None else inject
+        return (out,) if self.__dict__["_as_tuple"] else out
+
+
+class Stream:
+    """Runs `module` block by block.
+
+    `calls` has, for every linear layer, the address of its input at each call in the trace: layers of one parent that
+    were given the same tensor are fused by runtimes.
+
+    Args:
+        module: the model; its weights are not changed.
+        forward: computes the output tensor from the module and a batch.
+        example: a small batch, to find the cut with.
+        device: where blocks are computed.
+        dtype: compute dtype.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        example: Any,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.module = module.eval()
+        self.forward = forward
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.layers = linear_layers(module)
+        self._names = {layer: name for name, layer in self.layers.items()}
+        self._as_tuple = False
+        self.calls: dict[str, tuple[int, ...]] = {}
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        self._list, self.block_names = self._find_blocks(example)
+
+    # The cut
+
+    def _find_blocks(self, example: Any) -> tuple[nn.ModuleList | None, tuple[str, ...]]:
+        lists = {name: m for name, m in self.module.named_modules() if isinstance(m, nn.ModuleList)}
+        blocks = {id(block) for members in lists.values() for block in members}
+        trace = self._trace(example, blocks)
+        self.calls = {name: tuple(pointer for pointer, _ in trace[id(layer)]) for name, layer in self.layers.items()}
+
+        def weights(members: nn.ModuleList) -> int:
+            return sum(weight_of(m).numel() for m in members.modules() if m in self._names)
+
+        for name, members in sorted(lists.items(), key=lambda item: -weights(item[1])):
+            if weights(members) and _run_in_order([trace[id(block)] for block in members]):
+                return members, tuple(f"{name}.{i}" for i in range(len(members)))
+        return None, ("",)
+
+    def _trace(self, example: Any, blocks: set[int]) -> dict[int, list[tuple[int, int]]]:
+        """Addresses of every block's and layer's (input, output), call by call.
+
+        Runs the model as it is stored, so that no second copy of it is made.
+        """
+        trace: dict[int, list[tuple[int, int]]] = {}
+        kept: list[Tensor] = []  # keeps each tensor alive, so that no address is used twice
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = args[0] if args else None
+            out = output[0] if isinstance(output, tuple) else output
+            if id(module) in blocks:
+                self._as_tuple = isinstance(output, tuple)
+            if isinstance(given, Tensor) and isinstance(out, Tensor):
+                kept.extend((given, out))
+                trace[id(module)].append((given.data_ptr(), out.data_ptr()))
+
+        handles = []
+        for module in self.module.modules():
+            trace[id(module)] = []
+            if id(module) in blocks or module in self._names:
+                handles.append(module.register_forward_hook(note))
+        try:
+            with torch.no_grad():
+                self.forward(self.module, example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return trace
+
+    # Materialising
+
+    @contextlib.contextmanager
+    def block(self, index: int, overlay: Overlay = NOTHING) -> Iterator[nn.Module]:
+        """Block `index` in the compute dtype, with the overlay's weights and rounded activations."""
+        block = self.module if self._list is None else self._list[index]
+        with self._swapped(block, overlay, set()):
+            yield block
+
+    @contextlib.contextmanager
+    def outer(self, overlay: Overlay = NOTHING) -> Iterator[None]:
+        """Everything outside the blocks (embeddings, norms, head) in the compute dtype."""
+        if self._list is None:
+            yield
+            return
+        inside = {id(m) for m in self._list.modules()}
+        with self._swapped(self.module, overlay, inside):
+            yield
+
+    @contextlib.contextmanager
+    def _swapped(self, root: nn.Module, overlay: Overlay, leave_alone: set[int]) -> Iterator[None]:
+        put_back: list[tuple[dict[str, Any], str, Any]] = []
+        handles = []
+        copies: dict[int, nn.Parameter] = {}
+        try:
+            for module in root.modules():
+                if id(module) in leave_alone:
+                    continue
+                override = overlay.get(self._names.get(module, "")) if module in self._names else None
+                for name, parameter in module._parameters.items():
+                    if parameter is None:
+                        continue
+                    put_back.append((module._parameters, name, parameter))
+                    if override is not None and override.weight is not None and name == "weight":
+                        new = nn.Parameter(stored_weight(module, self._to(override.weight())), requires_grad=False)
+                    else:
+                        new = copies.setdefault(id(parameter), nn.Parameter(self._to(parameter), requires_grad=False))
+                    module._parameters[name] = new
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.device != self.device:
+                        put_back.append((module._buffers, name, buffer))
+                        module._buffers[name] = buffer.to(self.device)
+                if override is not None and override.activation is not None:
+                    handles.append(module.register_forward_pre_hook(_rounds_input(override)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for table, name, old in put_back:
+                table[name] = old
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    # Running
+
+    @property
+    def whole(self) -> bool:
+        """True when no cut was found: the whole model is one block, and a batch is its own hidden state."""
+        return self._list is None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.block_names)
+
+    def block_of(self, layer: str) -> int | None:
+        """Index of the block that holds the layer, None when it lies outside."""
+        for index, name in enumerate(self.block_names):
+            if name == "" or layer.startswith(f"{name}."):
+                return index
+        return None
+
+    @contextlib.contextmanager
+    def _stubs(self, inject: Tensor | None, stop_at: int | None) -> Iterator[list[_Stub]]:
+        assert self._list is not None
+        blocks = list(self._list)
+        stubs = [
+            _Stub(b, inject if i == 0 else None, self._as_tuple, stop=stop_at == i) for i, b in enumerate(blocks)
+        ]
+        modules: dict[str, Any] = self._list._modules
+        for i, stub in enumerate(stubs):
+            modules[str(i)] = stub
+        try:
+            yield stubs
+        finally:
+            for i, block in enumerate(blocks):
+                modules[str(i)] = block
+
+    @torch.no_grad()
+    def enter(self, batch: Any) -> tuple[Any, list[Call]]:
+        """What block 0 receives for `batch`, and the other arguments of every block. Needs `outer()`."""
+        if self._list is None:
+            return batch, [((), {})]
+        with self._stubs(None, stop_at=self.depth - 1) as stubs:
+            with contextlib.suppress(_Stop):
+                self.forward(self.module, batch)
+            hidden = stubs[0].hidden
+            calls = [stub.call for stub in stubs]
+        assert hidden is not None
+        return hidden.clone(), [call for call in calls if call is not None]
+
+    def run(self, index: int, hidden: Any, call: Call) -> Any:
+        """Block `index` applied to `hidden`. Needs `block(index)`."""
+        if self._list is None:
+            return self.forward(self.module, hidden)
+        args, kwargs = call
+        out = self._list[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def leave(self, hidden: Any, batch: Any) -> Tensor:
+        """The model's output for what the last block returned. Needs `outer()`."""
+        if self._list is None:
+            return torch.as_tensor(hidden)
+        with self._stubs(hidden, stop_at=None):
+            return self.forward(self.module, batch)
+
+
+def _run_in_order(calls: list[list[tuple[int, int]]]) -> bool:
+    """Whether each block ran once, and its output was the next one's input."""
+    if any(len(call) != 1 for call in calls):
+        return False
+    flat = [call[0] for call in calls]
+    return all(one[1] == following[0] for one, following in itertools.pairwise(flat))
+
+
+def _rounds_input(override: Override) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    assert override.activation is not None
+    fmt = ACTIVATION_FORMATS[override.activation]
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (fmt.fake_quantize(args[0], override.activation_scale), *args[1:])
+
+    return hook
+
+
+__all__ = ["NOTHING", "Call", "Forward", "Overlay", "Override", "Stream"]

@@ -1,0 +1,23 @@
+"""Runtimes that a plan is made for, one file each, and devices that can be planned for without having them."""
+
+from lowprec.targets.base import TARGETS, Target, weight_bytes
+from lowprec.targets.roofline import DEVICES, device_target
+
+__all__ = ["DEVICES", "TARGETS", "Target", "device_target", "target_for", "weight_bytes"]
+
+
+def target_for(name: str, device: str | None = None) -> Target:
+    """The target called `name`, or the model of `device` where that is not one of this machine's own ("cpu").
+
+    Raises:
+        ConfigError: unknown target or device.
+        UnsupportedError: a device of this machine whose kernels are not there yet.
+    """
+    if device in (None, "cpu"):
+        return TARGETS[name]
+    if device == "cuda":
+        from lowprec.targets.torch import TorchTarget
+
+        return TorchTarget(device="cuda")
+    assert device is not None
+    return device_target(device)

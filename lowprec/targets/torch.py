@@ -1,0 +1,182 @@
+"""The torch target: times the kernels that will really run in this process, on this machine.
+
+Per-kernel times come from `lowprec.runtime.measure` (cold weights, all schemes of a shape interleaved, activation
+quantisation inside). `bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole
+causal model with its KV cache. The CUDA kernels are not there yet: a CUDA device is refused.
+"""
+
+import inspect
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lowprec_kernels.kernel import registered
+from torch import nn
+
+from lowprec.errors import ModelError, UnsupportedError
+from lowprec.formats import resolve
+from lowprec.records import CostSample, Origin, Scheme
+from lowprec.runtime.dispatch import BUCKET_LIMITS, automatic
+from lowprec.runtime.measure import measure_kernels
+from lowprec.targets.base import TARGETS, Progress, unfit, weight_bytes
+
+OP = "linear"
+END_TO_END_SECONDS = 12.0
+REPEATS = 5
+
+
+class TorchTarget:
+    """Torch on this machine.
+
+    Args:
+        device: "cpu".
+        dtype: of the activations between the layers.
+        seconds_per_sample: time spent on each candidate kernel, on average.
+
+    Raises:
+        UnsupportedError: no kernel of ours runs on `device`.
+    """
+
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seconds_per_sample: float = 0.08
+    ) -> None:
+        if not any(kernel.device == device for kernel in registered()):
+            here = sorted({kernel.device for kernel in registered()} - {"any"})
+            raise UnsupportedError(
+                f"target torch cannot run on device {device!r}",
+                (f"no quantised kernels for it in this version; there are some for: {', '.join(here)}",),
+            )
+        self._device, self.dtype, self.seconds_per_sample = device, dtype, seconds_per_sample
+
+    @property
+    def name(self) -> str:
+        """Name that plans use."""
+        return "torch"
+
+    @property
+    def device(self) -> str:
+        """Device and processor."""
+        threads = torch.get_num_threads()
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{self._device} ({platform.machine()}, {capability}, {threads} threads)"
+
+    @property
+    def origin(self) -> Origin:
+        """All times are measured."""
+        return "measured"
+
+    def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
+        """None if a form other than the slow reference runs it."""
+        reason = unfit(scheme, k)
+        if reason is not None:
+            return reason
+        try:
+            automatic(resolve(scheme, k), n, k, self._device)
+        except UnsupportedError as error:
+            return "; ".join(error.reasons)
+        return None
+
+    def time(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        schemes: Sequence[Scheme],
+        ms: Sequence[int],
+        progress: Progress | None = None,
+    ) -> list[CostSample]:
+        """See `lowprec.targets.base.Target.time`."""
+        samples: list[CostSample] = []
+        total, done = len(shapes) * len(ms), 0
+        for n, k in shapes:
+            resolved = {s.name: resolve(s, k) for s in schemes if self.supports(s, n, k) is None}
+            forms = {name: automatic(scheme, n, k, self._device) for name, scheme in resolved.items()}
+            for m in ms:
+                found = measure_kernels(
+                    forms, resolved, n, k, m, dtype=self.dtype, seconds_per_candidate=self.seconds_per_sample
+                )
+                for name, scheme in resolved.items():
+                    mine = {kernel: t for (owner, kernel), t in found.items() if owner == name}
+                    best = min(mine, key=lambda kernel: mine[kernel].p50_us)
+                    timing = mine[best]
+                    samples.append(
+                        CostSample(
+                            op=OP,
+                            m=m,
+                            n=n,
+                            k=k,
+                            scheme=name,
+                            kernel=best,
+                            p20_us=timing.p20_us,
+                            p50_us=timing.p50_us,
+                            p80_us=timing.p80_us,
+                            bytes=weight_bytes(scheme, n, k),
+                            origin="measured",
+                        )
+                    )
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        return samples
+
+
+def measure_end_to_end(
+    model: nn.Module,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch: int = 1,
+    *,
+    seconds: float = END_TO_END_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Tokens per second of a causal transformers model in prefill and in decode, medians over repeats.
+
+    Prefill counts batch x prompt_tokens over the time of one forward pass that fills the KV cache and returns the
+    last position's logits; decode counts one token per sequence and step, greedily continued. Repeats until
+    `seconds` are spent, at most five times and at least once; with little time left decode is cut short, never
+    below four steps.
+
+    Raises:
+        ModelError: the model has no KV cache or no logits.
+    """
+    config: Any = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise ModelError(f"{type(model).__name__} has no config with vocab_size: only causal models can be timed")
+    tokens = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    deadline = clock() + seconds
+    prefill: list[float] = []
+    steps: list[float] = []
+    with torch.inference_mode():
+        # Kernels lay their weights out on first use; that belongs to loading. A prompt that reaches the last bucket of
+        # rows, or the whole one if it is shorter, meets the kernels of prefill, one token those of decode.
+        rows = math.ceil((BUCKET_LIMITS[-1] + 1) / batch)
+        _forward(model, tokens[:, : min(prompt_tokens, rows)], None, extra)
+        _forward(model, tokens[:, :1], None, extra)
+        for repeat in range(REPEATS):
+            start = clock()
+            output = _forward(model, tokens, None, extra)
+            prefill.append(clock() - start)
+            for step in range(output_tokens):
+                if step >= 4 and clock() > deadline:
+                    break
+                token = output.logits[:, -1:].argmax(-1)
+                start = clock()
+                output = _forward(model, token, output.past_key_values, extra)
+                steps.append(clock() - start)
+            if clock() + prefill[-1] > deadline and repeat:
+                break
+    return batch * prompt_tokens / statistics.median(prefill), batch / statistics.median(steps) if steps else 0.0
+
+
+def _forward(model: nn.Module, tokens: torch.Tensor, past: Any, extra: dict[str, int]) -> Any:
+    output = model(input_ids=tokens, past_key_values=past, use_cache=True, **extra)
+    if getattr(output, "past_key_values", None) is None:
+        raise ModelError(f"{type(model).__name__} returned no past_key_values: it cannot be timed with a KV cache")
+    return output
+
+
+TARGETS.register("torch", TorchTarget())

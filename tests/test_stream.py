@@ -1,0 +1,136 @@
+"""The cut and the groups, for every architecture that the loader takes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from lowprec.steps.graph import find_groups
+from lowprec.steps.linear import weight_of
+from lowprec.steps.load import decoder_forward
+from lowprec.steps.stream import Override, Stream
+
+
+def streamed(stream: Stream, batch: Tensor, overlay: dict[str, Override] | None = None) -> Tensor:
+    overlay = overlay or {}
+    with torch.no_grad():
+        with stream.outer(overlay):
+            hidden, calls = stream.enter(batch)
+        for index in range(stream.depth):
+            with stream.block(index, overlay):
+                hidden = stream.run(index, hidden, calls[index])
+        with stream.outer(overlay):
+            return stream.leave(hidden, batch)
+
+
+def encode(module: nn.Module, ids: Tensor) -> Tensor:
+    hidden: Tensor = module(input_ids=ids).last_hidden_state
+    return hidden[:, 0]
+
+
+@pytest.mark.parametrize("name", list(tiny.DECODERS))
+def test_streaming_equals_the_whole_model(name: str) -> None:
+    model, ids = tiny.decoder(name), tiny.batch()
+    stream = Stream(model, decoder_forward, ids[:1, :8])
+    assert stream.depth == len(stream.block_names) > 1
+    found = streamed(stream, ids)
+    torch.testing.assert_close(found, decoder_forward(tiny.decoder(name).float(), ids), rtol=0, atol=1e-4)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters()), "the stored weights must come back"
+
+
+def test_encoders_stream_too() -> None:
+    model, ids = tiny.encoder(), tiny.batch()
+    stream = Stream(model, encode, ids[:1, :8])
+    assert stream.depth == 3
+    torch.testing.assert_close(streamed(stream, ids), encode(model, ids), rtol=0, atol=1e-5)
+
+
+def test_a_module_without_a_cut_is_one_block() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    stream = Stream(model, lambda m, b: m(b), x[:1])
+    assert stream.whole
+    torch.testing.assert_close(streamed(stream, x), model(x))
+    groups, _ = find_groups(stream)
+    assert [g.layers for g in groups] == [("0",), ("2",)]
+
+
+def test_blocks_out_of_order_are_not_taken_for_a_cut() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.blocks[0](x)
+            return first + self.blocks[2](self.blocks[1](first + 1.0))
+
+    model, x = Skips(), torch.randn(2, 8)
+    stream = Stream(model, lambda m, b: m(b), x)
+    assert stream.whole
+    torch.testing.assert_close(streamed(stream, x), model(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "mistral", "qwen3", "gemma3"])
+def test_groups_are_what_runtimes_fuse(name: str) -> None:
+    stream = Stream(tiny.decoder(name), decoder_forward, tiny.batch(1, 8))
+    groups, unquantised = find_groups(stream)
+    roles = [g.role for g in groups if g.block == 0]
+    assert roles == ["qkv", "o", "gate_up", "down"]
+    assert groups[-1].name == "lm_head"
+    assert groups[-1].block is None
+    assert sum(len(g.layers) for g in groups) == len(stream.layers), "every linear layer is in one group"
+    assert "model.embed_tokens" in {u.name for u in unquantised}
+
+
+def test_gpt2_conv1d_has_its_width_the_right_way_round() -> None:
+    stream = Stream(tiny.decoder("gpt2"), decoder_forward, tiny.batch(1, 8))
+    groups, _ = find_groups(stream)
+    fused = next(g for g in groups if g.role == "attn.c_attn")
+    assert (fused.n, fused.k) == (192, 64)
+
+
+def test_every_byte_is_accounted_for() -> None:
+    model = tiny.decoder("llama-untied")
+    groups, unquantised = find_groups(Stream(model, decoder_forward, tiny.batch(1, 8)))
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(2 * g.parameters for g in groups) + sum(u.bytes for u in unquantised) == total
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_override_replaces_one_layer_and_leaves_the_tied_embedding_alone(name: str) -> None:
+    model, ids = tiny.decoder(name), tiny.batch()
+    stream = Stream(model, decoder_forward, ids[:1, :8])
+    layer = stream.layers["lm_head"]
+    halved = weight_of(layer).float() / 2
+    changed = streamed(stream, ids, {"lm_head": Override(weight=lambda: halved)})
+    torch.testing.assert_close(changed, streamed(stream, ids) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_an_override_reaches_a_layer_inside_a_block() -> None:
+    model, ids = tiny.decoder("gpt2"), tiny.batch()
+    stream = Stream(model, decoder_forward, ids[:1, :8])
+    name = "transformer.h.1.mlp.c_fc"
+    weight = weight_of(stream.layers[name]).float() * 1.5
+    changed = streamed(stream, ids, {name: Override(weight=lambda: weight)})
+    direct = tiny.decoder("gpt2").float()
+    direct.get_submodule(name).weight.data.mul_(1.5)
+    torch.testing.assert_close(changed, decoder_forward(direct, ids), rtol=1e-4, atol=1e-3)
+
+
+def test_an_activation_override_rounds_the_input() -> None:
+    model, ids = tiny.decoder(), tiny.batch()
+    stream = Stream(model, decoder_forward, ids[:1, :8])
+    name = "model.layers.0.mlp.down_proj"
+    changed = streamed(stream, ids, {name: Override(weight=None, activation="int8-token")})
+    plain = streamed(stream, ids)
+    assert 0 < float((changed - plain).abs().max()) < float(plain.abs().max())
+    torch.testing.assert_close(streamed(stream, ids), plain, rtol=0, atol=0)
+
+
+def test_weights_come_back_when_a_block_raises() -> None:
+    model = tiny.decoder()
+    stream = Stream(model, decoder_forward, tiny.batch(1, 8))
+    with pytest.raises(ZeroDivisionError), stream.block(0):
+        1 / 0  # noqa: B018
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())

@@ -1,0 +1,135 @@
+"""Verification rounds and costs, on made-up numbers."""
+
+import math
+
+import pytest
+
+from lowprec.errors import ConfigError
+from lowprec.formats import scheme_named
+from lowprec.records import CostSample, Group, Origin, Scheme, Workload
+from lowprec.settings import effort_named, parse_budget
+from lowprec.steps.allocate import Allocation, Option
+from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
+from lowprec.steps.verify import Measured, verify
+
+GROUPS = [f"g{i}" for i in range(12)]
+OPTIONS = {
+    g: [Option(scheme="bf16", loss=0.0, cost=16.0), Option(scheme="w4a16-g64", loss=0.001 * (i + 1), cost=4.0)]
+    for i, g in enumerate(GROUPS)
+}
+
+
+def measures(ratio: float, width: float = 0.0) -> object:
+    """A world in which the loss is `ratio` times the predicted KL, known to within `width`."""
+
+    def measure(allocation: Allocation) -> Measured:
+        loss = ratio * allocation.loss
+        return Measured(loss=loss, upper=loss + width, kl_nats=allocation.loss)
+
+    return measure
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.8, 1.5, 3.0])
+@pytest.mark.parametrize("width", [0.0, 0.004])
+def test_the_mix_is_within_and_uses_the_budget(ratio: float, width: float) -> None:
+    found = verify(GROUPS, OPTIONS, 0.03, measures(ratio, width), rounds=5)
+    assert found.accepted
+    assert found.chosen.measured.upper <= 0.03
+    # The true optimum under the true ratio, for comparison.
+    best = verify(GROUPS, OPTIONS, 0.03, measures(0.8), rounds=1).chosen if ratio == 0.8 and not width else None
+    assert found.chosen.allocation.cost <= (best.allocation.cost if best else 16.0 * len(GROUPS))
+    assert found.chosen.allocation.cost < 16.0 * len(GROUPS)
+
+
+def test_when_nothing_is_accepted_the_closest_is_named() -> None:
+    found = verify(GROUPS, OPTIONS, 0.001, measures(0.8, width=0.01), rounds=5)
+    assert not found.accepted
+    assert found.chosen.measured.upper == min(r.measured.upper for r in found.rounds)
+
+
+def test_an_unbinding_budget_needs_one_round() -> None:
+    found = verify(GROUPS, OPTIONS, 1.0, measures(0.8), rounds=5)
+    assert len(found.rounds) == 1
+    assert found.chosen.allocation.cost == 4.0 * len(GROUPS)
+
+
+def test_no_mix_is_measured_twice() -> None:
+    seen = []
+
+    def measure(allocation: Allocation) -> Measured:
+        seen.append(allocation.schemes)
+        return Measured(loss=0.02, upper=0.04, kl_nats=0.02)
+
+    verify(GROUPS, OPTIONS, 0.03, measure, rounds=5)
+    assert len(seen) == len(set(seen))
+
+
+class Priced:
+    """A target whose times say which matmul they are of."""
+
+    name, device = "priced", "none"
+    origin: Origin = "modelled"
+
+    def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
+        return "no such kernel" if scheme.name == "w8a8-fp8" else None
+
+    def time(self, shapes, schemes, ms, progress=None):  # type: ignore[no-untyped-def]
+        return [
+            CostSample(
+                op="linear", m=m, n=n, k=k, scheme=s.name, kernel="x", p20_us=0, p50_us=n + m, p80_us=0, bytes=0,
+                origin="modelled",
+            )
+            for n, k in shapes for s in schemes for m in ms
+        ]  # fmt: skip
+
+
+QKV = Group(name="qkv", layers=("q", "k", "v"), role="qkv", block=0, n=96, k=64, parameters=96 * 64)
+HEAD = Group(name="head", layers=("h",), role="lm_head", block=None, n=300, k=64, parameters=300 * 64)
+WIDTHS = {"qkv": (64, 16, 16), "head": (300,)}
+
+
+def test_candidates_are_struck_out_with_the_reason() -> None:
+    schemes = [scheme_named("w8a8-fp8"), scheme_named("w4a16"), scheme_named("w4a16-g128")]
+    allowed, struck = candidates([QKV], WIDTHS, schemes, Priced())
+    assert [s.name for s in allowed["qkv"]] == ["bf16", "w4a16-g64"]
+    assert {s.scheme: s.reason for s in struck}["w8a8-fp8"] == "no such kernel"
+    assert "128" in {s.scheme: s.reason for s in struck}["w4a16-g128"]
+
+
+def test_the_head_computes_one_position_in_prefill() -> None:
+    work = Workload(batch=2, prompt_tokens=100, output_tokens=10)
+    assert rows_of(QKV, work) == (200, 2)
+    assert rows_of(HEAD, work) == (2, 2)
+
+
+def test_group_cost_sums_layers_and_weighs_the_phases() -> None:
+    work = Workload(batch=2, prompt_tokens=100, output_tokens=10)
+    allowed = {"qkv": [scheme_named("bf16"), scheme_named("w8a16")], "head": [scheme_named("bf16")]}
+    samples = time_shapes([QKV, HEAD], WIDTHS, allowed, work, Priced())
+    assert len(samples) == len({(s.scheme, s.n, s.m) for s in samples}), "every matmul is timed once"
+    costs = group_costs([QKV, HEAD], WIDTHS, allowed, work, samples, tied=["head"])
+    assert costs["qkv", "bf16"].us == sum((n + 200) + 10 * (n + 2) for n in (64, 16, 16))
+    assert costs["head", "bf16"].bytes == 0.0, "a tied head has no bytes of its own"
+    assert costs["qkv", "w8a16"].bytes == 96 * 64 + 96 * 2
+
+
+def test_stored_bytes_count_scales() -> None:
+    assert stored_bytes(QKV, scheme_named("w4a16-g64")) == 96 * (32 + 2)
+    assert stored_bytes(QKV, scheme_named("bf16")) == 2 * 96 * 64
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "300%", "-5%", "five", "", "5 %x", "nan"])
+def test_senseless_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        parse_budget(text)
+
+
+def test_budgets_are_read_as_people_write_them() -> None:
+    assert parse_budget("5%").limit == parse_budget("0.05").limit == parse_budget(0.05).limit == 0.05
+    assert parse_budget("0.05 abs").kind == "absolute"
+    assert math.isclose(parse_budget("0.5%").limit, 0.005)
+
+
+def test_unknown_effort_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'balanced'"):
+        effort_named("balance")
