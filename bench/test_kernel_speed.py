@@ -7,12 +7,12 @@ import itertools
 
 import pytest
 import torch
-from lowprec_kernels.timing import copies_for
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowprec.formats import SCHEMES, resolve
 from lowprec.runtime.dispatch import automatic
 from lowprec.runtime.measure import independent_states, random_operands
+from lowprec_kernels.timing import copies_for
 
 SHAPES = ((576, 1536), (2048, 2048))
 ROWS = (1, 16, 256)

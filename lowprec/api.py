@@ -1,21 +1,19 @@
 """The library: `optimize` for all of it, and the verbs it is made of.
 
-    report = lowprec.optimize("path/to/model", budget="5%", out="D")
+report = lowprec.optimize("path/to/model", budget="5%", out="D")
 
-    run = lowprec.open_run(lowprec.load("path/to/model"), settings, folder, progress)
-    run.calibrate(); run.sensitivity(); run.cost(); run.verify(); plan = run.plan(); solved = run.solve(plan)
+run = lowprec.open_run(lowprec.load("path/to/model"), settings, folder, progress)
+run.calibrate(); run.sensitivity(); run.cost(); run.verify(); plan = run.plan(); solved = run.solve(plan)
 """
 
-import logging
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
-import torch
 
 from lowprec.artifacts.folder import RunFolder, require_space
-from lowprec.errors import ArtifactError, LowprecError, UnsupportedError
+from lowprec.errors import UnsupportedError
 from lowprec.estimate import Estimate, estimate
 from lowprec.proof import Proof
 from lowprec.records import Budget, Objective, Workload
@@ -24,8 +22,8 @@ from lowprec.results import Report
 from lowprec.run import Run
 from lowprec.settings import Effort, Settings, effort_named, parse_budget
 from lowprec.steps.load import Model, load, wrap
+from lowprec.summary import Summary
 
-LOG = logging.getLogger(__name__)
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 
@@ -66,9 +64,11 @@ def optimize(
     Raises:
         LowprecError: bad input of any kind; what had been computed stays in `out`.
     """
-    settings = Settings(
+    # What is asked for is checked before anything heavy begins.
+    if not isinstance(budget, Budget):
+        parse_budget(budget)
+    asked = Settings(
         out=Path(out),
-        budget=budget if isinstance(budget, Budget) else parse_budget(budget),
         target=target,
         device=device,
         objective=objective,
@@ -81,11 +81,19 @@ def optimize(
         seed=seed,
         workers=workers,
     )
-    with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
+    with RunFolder(asked.out) as folder, progress or RunProgress() as shown:
         if not isinstance(model, Model):
             with shown.step("load"):
                 model = load(model, trust_remote_code=trust_remote_code)
-        return complete(Run(model, settings, folder, shown))
+        found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
+        return complete(Run(model, dataclasses.replace(asked, budget=found), folder, shown))
+
+
+def default_metric(model: Model) -> str:
+    """The metric of a budget that names none: perplexity where there are logits."""
+    if model.kind == "decoder":
+        return "perplexity"
+    return getattr(model.metric, "__name__", "metric") if model.metric else "squared error"
 
 
 def complete(run: Run) -> Report:
@@ -102,8 +110,9 @@ def complete(run: Run) -> Report:
     loaded = proof.export()
     parity = proof.parity(loaded)
     judgement, reused = proof.judge(loaded)
-    cost = proof.cost(loaded)
-    report = proof.report(loaded, parity, judgement, reused, cost, pairs)
+    summary = Summary(proof)
+    cost = summary.cost(loaded)
+    report = summary.report(loaded, parity, judgement, reused, cost, pairs)
     run.folder.write_text(REPORT_JSON, report_json(report))
     run.folder.write_text(REPORT_HTML, report_html(report))
     return report
@@ -128,9 +137,4 @@ def require_fit(run: Run) -> Estimate:
     return expected
 
 
-def runs_on(device: str) -> bool:
-    """Whether torch can compute on `device` here."""
-    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
-
-
-__all__ = ["Any", "ArtifactError", "LowprecError", "complete", "load", "optimize", "require_fit", "wrap"]
+__all__ = ["complete", "load", "optimize", "require_fit", "wrap"]

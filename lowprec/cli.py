@@ -45,7 +45,7 @@ def calibrate(
     target: Annotated[str, typer.Option(help="Runtime that the plan is made for.")] = "torch",
     device: Annotated[str, typer.Option(help="cpu, cuda, or a device to plan for: h100, h200, a100, ...")] = "cpu",
     objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
-    metric: Annotated[str, typer.Option(help="perplexity, kl, top1, task:FILE; cosine for encoders.")] = "",
+    metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
     effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
     schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
     data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
@@ -63,23 +63,17 @@ def calibrate(
     from lowprec.api import REPORT_HTML, optimize
     from lowprec.report import RunProgress, print_summary
     from lowprec.settings import parse_budget
-    from lowprec.steps.load import load
 
     _quiet_libraries()
     chosen: Any = objective
     if objective not in OBJECTIVES:
         raise ConfigError(f"unknown objective {objective!r}: known: {', '.join(OBJECTIVES)}")
-    limit = parse_budget(budget, metric or "perplexity")
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     with RunProgress() as progress:
-        with progress.step("load"):
-            loaded = load(model, trust_remote_code=trust_remote_code)
-        if not metric and loaded.kind == "encoder":
-            limit = parse_budget(budget, "cosine")
         report = optimize(
-            loaded,
+            model,
             out=out,
-            budget=limit,
+            budget=parse_budget(budget, metric) if metric else budget,
             target=target,
             device=device,
             objective=chosen,
@@ -91,6 +85,7 @@ def calibrate(
             calibration_device=calibration_device,
             seed=seed,
             workers=workers,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     print_summary(report, Console(), report_path=str(out / REPORT_HTML))

@@ -1,12 +1,12 @@
 """The exception tree. Everything a user can cause is a LowprecError; any other exception is a bug.
 
-    LowprecError
-    ├── ConfigError              an argument or setting that cannot be used: the value and the remedy
-    ├── UnsupportedError         the model, scheme or target cannot be combined: `reasons`, one per obstacle
-    ├── ModelError               weights, config or activations that are damaged: names the tensor or layer
-    ├── DataError                text that cannot carry calibration or a verdict: how much is needed
-    ├── ArtifactError            a file or folder that is missing, damaged, in use or not writable: `path`
-    └── BudgetError              no mix meets the budget: `report` has the closest one
+LowprecError
+├── ConfigError              an argument or setting that cannot be used: the value and the remedy
+├── UnsupportedError         the model, scheme or target cannot be combined: `reasons`, one per obstacle
+├── ModelError               weights, config or activations that are damaged: names the tensor or layer
+├── DataError                text that cannot carry calibration or a verdict: how much is needed
+├── ArtifactError            a file or folder that is missing, damaged, in use or not writable: `path`
+└── BudgetError              no mix meets the budget: `report` has the closest one
 """
 
 from pathlib import Path

@@ -6,12 +6,10 @@ checkpoint format (a plain `nn.Module`, GPT-2's Conv1D layers) are judged from t
 
 import contextlib
 import dataclasses
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -21,38 +19,27 @@ from lowprec.artifacts.compressed_tensors import plan_artefact, write_artefact
 from lowprec.artifacts.digests import write_digests
 from lowprec.artifacts.loading import load_artefact, read_back
 from lowprec.artifacts.probe import make_probe, save_probe
-from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.errors import UnsupportedError
 from lowprec.formats import QuantizedWeight, scheme_named
 from lowprec.records import PrecisionPlan, Scheme, digest
 from lowprec.results import (
-    CheckedPair,
     CostResult,
-    FrontierPoint,
-    GroupChoice,
-    LossResult,
     ParityResult,
-    Report,
     SchemeShare,
 )
-from lowprec.run import BATCH_TOKENS, BF16, Run, peak_memory_bytes
+from lowprec.run import BATCH_TOKENS, BF16, Run
 from lowprec.runtime.convert import convert_
 from lowprec.runtime.dispatch import KernelTable
 from lowprec.runtime.linear import QuantLinear
-from lowprec.steps.allocate import frontier
-from lowprec.steps.cost import stored_bytes
-from lowprec.steps.data import TokenSet
+from lowprec.steps.data import Batch, TokenSet
 from lowprec.steps.judge import Judgement, Looked, judge
-from lowprec.steps.measure import compare, mean_kl, run_through
-from lowprec.steps.scores import PairedScores, PairedValues
-from lowprec.steps.solve import STATIC_MAXIMUM, overlay_of
+from lowprec.steps.measure import compare, run_through
+from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import NOTHING, Overlay, Stream
-from lowprec.targets.torch import measure_end_to_end
-from lowprec.version import __version__
 
 FRONTIER_BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1)
-PARITY_TOKENS = 2_048
-NOISE_TOKENS = 512
+PARITY_TOKENS = 1_024
+NOISE_TOKENS = 256
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 LAYER_ROWS = 8
 
@@ -65,7 +52,26 @@ class Loaded:
     overlay: Overlay
     solved: Mapping[str, QuantizedWeight]
     path: Path
+    weight_bytes: int
     notes: tuple[str, ...]
+
+
+class _Scored(nn.Module):
+    """The scored model as something that can be called with token ids."""
+
+    def __init__(self, stream: Stream, overlay: Overlay) -> None:
+        super().__init__()
+        self.__dict__["_stream"], self.__dict__["_overlay"] = stream, overlay
+        # Says which device token ids belong on.
+        self.place = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """[W, T] token ids -> logits."""
+        stream, overlay = self.__dict__["_stream"], self.__dict__["_overlay"]
+        batch = Batch(ids=input_ids, lengths=torch.full((len(input_ids),), input_ids.shape[1]), index=(0,))
+        done = run_through(stream, [batch], overlay)
+        with stream.outer(overlay):
+            return transformers.modeling_outputs.CausalLMOutput(logits=stream.leave(done.hidden[0], batch))
 
 
 class Proof:
@@ -94,12 +100,17 @@ class Proof:
                 **parts,
                 tokenizer=model.tokenizer,
                 generation_config=model.generation_config,
-                finish=lambda folder: self._finish(folder, None, None, ()),
+                finish=lambda folder: self.finish(folder, None, None, ()),
             )
             module, _ = load_artefact(path)
         stream = Stream(module, model.forward, run._example(), device=run.settings.calibration_device)
         return Loaded(
-            stream=stream, overlay=NOTHING, solved=read_back(path), path=path, notes=written.runtime_notes
+            stream=stream,
+            overlay=NOTHING,
+            solved=read_back(path),
+            path=path,
+            weight_bytes=written.weight_bytes,
+            notes=written.runtime_notes,
         )
 
     def _parts(self) -> dict[str, Any]:
@@ -117,12 +128,10 @@ class Proof:
         }
 
     def _input_scales(self) -> dict[str, Tensor]:
-        amax = dict(self.run.calibration.amax)
         scales: dict[str, Tensor] = {}
         for group in self.run.groups:
-            activation = self.schemes[group.name].activation
-            if activation in STATIC_MAXIMUM:
-                scale = torch.tensor(amax[group.name] / STATIC_MAXIMUM[activation]).bfloat16().float()
+            scale = self.run.calibration.scale_of(group.name, self.schemes[group.name].activation)
+            if scale is not None:
                 scales |= dict.fromkeys(group.layers, scale)
         return scales
 
@@ -138,18 +147,31 @@ class Proof:
                 if found is not None:
                     solved |= found
         overlay = overlay_of(run.groups, self.schemes, solved, run.calibration)
+        saved = round(sum(self.saved(group) for group, _ in self.plan.groups))
         return Loaded(
-            stream=run.stream, overlay=overlay, solved=solved, path=run.folder.path / "solved", notes=(reason,)
+            stream=run.stream,
+            overlay=overlay,
+            solved=solved,
+            path=run.folder.path / "solved",
+            weight_bytes=self.bytes_before() - saved,
+            notes=(reason,),
         )
 
-    def _finish(
-        self, folder: Path, judgement: Judgement | None, cost: CostResult | None, notes: Sequence[str]
-    ) -> None:
+    def saved(self, group: str) -> float:
+        """Bytes that quantising the group saves; negative for a tied head, whose codes come on top of the embedding."""
+        costs = self.run.costs
+        return costs[group, "bf16"].bytes - costs[group, self.schemes[group].name].bytes
+
+    def bytes_before(self) -> int:
+        """Bytes of the model as it was loaded."""
+        return sum(p.numel() * p.element_size() for p in self.run.model.module.parameters())
+
+    def finish(self, folder: Path, judgement: Judgement | None, cost: CostResult | None, notes: Sequence[str]) -> None:
         run = self.run
         if not (folder / "probe.safetensors").exists() and run.model.kind == "decoder":
             tokens = [ids[:PROBE_TOKENS] for ids in run.splits.tuning.ids if len(ids) >= PROBE_TOKENS][:PROBE_WINDOWS]
             if tokens:
-                save_probe(folder, self._probe(torch.stack(tokens)))
+                save_probe(folder, make_probe(_Scored(run.stream, self.scored), torch.stack(tokens)))
         card = model_card(
             self.plan,
             verdict=judgement.verdict if judgement else None,
@@ -161,24 +183,6 @@ class Proof:
         )
         write_card(folder, card)
         write_digests(folder)
-
-    def _probe(self, tokens: Tensor) -> Any:
-        """A probe of the scored model, which streams like any other run."""
-        run = self.run
-        batch = TokenSet(
-            ids=tuple(tokens), units=(0,) * len(tokens), sources=(0,) * len(tokens),
-            documents=("",) * len(tokens), source_names=("",),
-        ).batches(tokens.numel())  # fmt: skip
-        scored = run_through(run.stream, batch, self.scored)
-
-        class Scored(nn.Module):
-            def forward(self, input_ids: Tensor, **_: Any) -> Any:
-                with torch.no_grad(), run.stream.outer(scored.overlay):
-                    return transformers.modeling_outputs.CausalLMOutput(
-                        logits=run.stream.leave(scored.hidden[0], batch[0])
-                    )
-
-        return make_probe(Scored(), tokens)
 
     # Parity
 
@@ -195,9 +199,7 @@ class Proof:
             kl = self._kl(scored, other, some)
             few = run.splits.tuning.subset(NOISE_TOKENS).batches(BATCH_TOKENS)
             noisy = Stream(run.model.module, run.model.forward, run._example(), dtype=torch.bfloat16)
-            noise = self._kl(
-                run_through(run.stream, few, self.scored), run_through(noisy, few, self.scored), few
-            )
+            noise = self._kl(run_through(run.stream, few, self.scored), run_through(noisy, few, self.scored), few)
             worst = self._worst_layer(loaded)
         return ParityResult(codes_equal=equal, max_layer_error=worst, kl_nats=kl, noise_kl_nats=noise)
 
@@ -209,7 +211,7 @@ class Proof:
             for run in (one, other):
                 with torch.no_grad(), run.stream.outer(run.overlay):
                     outputs.append(run.stream.leave(run.hidden[position], batch).float())
-            table = self.run.metric.compare(outputs[0], outputs[1], batch)
+            table = self.run.metric.divergence(outputs[0], outputs[1], batch)
             total, count = total + float(table[:, -1].sum()), count + float(table[:, 0].sum())
         return max(total, 0.0) / count
 
@@ -217,7 +219,7 @@ class Proof:
         """Largest error of a runtime layer on identical inputs, as a share of its format's tolerance."""
         generator = torch.Generator().manual_seed(self.run.settings.seed)
         worst = 0.0
-        with self._converted(loaded.solved) as module:
+        with self.converted(loaded.solved) as module:
             for layer in module.modules():
                 if isinstance(layer, QuantLinear) and layer.scheme.weight is not None:
                     x = torch.randn(LAYER_ROWS, layer.in_features, generator=generator)
@@ -225,7 +227,7 @@ class Proof:
         return worst
 
     @contextlib.contextmanager
-    def _converted(self, solved: Mapping[str, QuantizedWeight] | None) -> Iterator[nn.Module]:
+    def converted(self, solved: Mapping[str, QuantizedWeight] | None) -> Iterator[nn.Module]:
         """The model with our runtime's layers in place (all bfloat16 for None), put back afterwards."""
         run = self.run
         schemes = self.by_layer if solved is not None else dict.fromkeys(self.by_layer, BF16)
@@ -233,9 +235,7 @@ class Proof:
         table = KernelTable(run.samples)
         scales = self._input_scales() if solved is not None else {}
         try:
-            yield convert_(
-                run.model.module, solved or {}, schemes, kernels=table, activation_scales=scales
-            )
+            yield convert_(run.model.module, solved or {}, schemes, kernels=table, activation_scales=scales)
         finally:
             for layer, original in originals.items():
                 parent, _, child = layer.rpartition(".")
@@ -248,23 +248,25 @@ class Proof:
         run = self.run
         looks, reused = self._unread()
         taken: list[Looked] = []
-        with run.progress.step("judge", len(looks), "looks") as step:
-            for number, data in enumerate(looks):
-                taken.append(self._look(loaded, data))
-                judgement = judge(
-                    taken, run.settings.budget, data.source_names, planned_looks=2, seed=run.settings.seed
-                )
-                step.report(number + 1, len(looks))
-                if not judgement.look_again:
-                    break
+        for data in looks:
+            taken.append(self._look(loaded, data))
+            judgement = judge(
+                taken,
+                run.metric.budget,
+                data.source_names,
+                planned_looks=max(len(run.held_out), 1),
+                seed=run.settings.seed,
+            )
+            if not judgement.look_again:
+                break
         return judgement, reused
 
     def _unread(self) -> tuple[list[TokenSet], bool]:
         """Held-out sets that no other plan was judged on; all of them, marked reused, when there are none."""
         mine = self._identity()
         ledger: dict[str, str] = self.run.folder.read_step("looked", None) or {}
-        fresh = [data for data in self.run.splits.held_out if ledger.get(data.digest, mine) == mine]
-        return (fresh, False) if fresh else (list(self.run.splits.held_out), True)
+        fresh = [data for data in self.run.held_out if ledger.get(data.digest, mine) == mine]
+        return (fresh, False) if fresh else (list(self.run.held_out), True)
 
     def _identity(self) -> str:
         return digest(repr(self.plan.groups), *self.run.inputs.values(), self.run.settings.budget.metric)
@@ -280,82 +282,18 @@ class Proof:
             ledger: dict[str, str] = run.folder.read_step("looked", None) or {}
             ledger.setdefault(data.digest, self._identity())
             run.folder.write_step("looked", ledger, {})
-            with run.progress.step("held-out", 2 * run.stream.depth, "blocks") as step:
+            with run.progress.step("judge", 2 * run.stream.depth, "blocks") as step:
                 depth = run.stream.depth
                 reference = run_through(run.stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
                 candidate = run_through(
                     loaded.stream, batches, loaded.overlay, lambda d, _: step.report(depth + d, 2 * depth)
                 )
-                table = compare(reference, [candidate], batches, run.metric.compare)[0]
+                table = compare(reference, [candidate], batches, run.metric.compare(data))[0]
             stored = table.tolist()
             run.folder.write_step(name, stored, inputs)
         return run.metric.looked(torch.tensor(stored, dtype=torch.float64), data, batches)
 
-    # Cost end to end
-
-    def cost(self, loaded: Loaded) -> CostResult:
-        """Before and after: predicted by the sum over the layers, measured on the whole model where it runs here."""
-        run, settings = self.run, self.run.settings
-        before = sum(self._unit(run.costs[g.name, "bf16"].us, run.costs[g.name, "bf16"].bytes) for g in run.groups)
-        after = sum(
-            self._unit(run.costs[name, s].us, run.costs[name, s].bytes) for name, s in self.plan.groups
-        )
-        here = run.target.origin == "measured" and run.model.kind == "decoder"
-        speeds = self._speeds(loaded) if here else ((None, None), (None, None))
-        weight_before = sum(p.numel() * p.element_size() for p in run.model.module.parameters())
-        weight_after = weight_before - round(sum(self._saved(name) for name, _ in self.plan.groups))
-        measured = _reduction(speeds, settings.workload.prompt_tokens, settings.workload.output_tokens)
-        if settings.objective == "bytes":
-            measured = 1.0 - weight_after / weight_before
-        bits = sum(8.0 * stored_bytes(run.by_name()[name], self.schemes[name]) for name, _ in self.plan.groups)
-        units = {"time": "us", "bytes": "bytes", "dollars": "dollars per million output tokens"}
-        return CostResult(
-            workload=settings.workload,
-            objective=settings.objective,
-            unit=units[settings.objective],
-            origin="measured" if settings.objective == "bytes" else run.target.origin,
-            device=run.target.device,
-            baseline="the same runtime, unquantised: every layer bfloat16 in its fastest form",
-            before=before,
-            after=after,
-            reduction_predicted=1.0 - after / before,
-            reduction_measured=measured,
-            effective_bits=bits / sum(g.parameters for g in run.groups),
-            weight_bytes_before=weight_before,
-            weight_bytes_after=weight_after,
-            prefill_tokens_per_s_before=speeds[0][0],
-            decode_tokens_per_s_before=speeds[0][1],
-            prefill_tokens_per_s_after=speeds[1][0],
-            decode_tokens_per_s_after=speeds[1][1],
-        )
-
-    def _unit(self, us: float, size: float) -> float:
-        settings = self.run.settings
-        if settings.objective == "bytes":
-            return size
-        if settings.objective == "dollars":
-            price = price_of(settings.device, settings.dollars_per_hour)
-            return dollars_per_million_output_tokens(settings.workload, us, price)
-        return us
-
-    def _saved(self, group: str) -> float:
-        """Bytes that quantising saves; negative for a tied head, whose codes come on top of the embedding."""
-        costs = self.run.costs
-        return costs[group, "bf16"].bytes - costs[group, self.schemes[group].name].bytes
-
-    def _speeds(self, loaded: Loaded) -> tuple[tuple[float, float], tuple[float, float]]:
-        run, work = self.run, self.run.settings.workload
-        found = []
-        with run.progress.step("end to end", 2, "models") as step:
-            for done, solved in enumerate((None, loaded.solved)):
-                with self._converted(solved) as module:
-                    found.append(
-                        measure_end_to_end(module, work.prompt_tokens, max(work.output_tokens, 1), work.batch)
-                    )
-                step.report(done + 1, 2)
-        return found[0], found[1]
-
-    # The report
+    # For the card and the report
 
     def shares(self) -> tuple[SchemeShare, ...]:
         """Groups and parameters of each scheme."""
@@ -370,95 +308,6 @@ class Proof:
             for name in names
         )
 
-    def _frontier(self) -> tuple[FrontierPoint, ...]:
-        run = self.run
-        chosen = run.verified.chosen
-        ratio = chosen.measured.loss / chosen.allocation.loss if chosen.allocation.loss > 0 else 0.8
-        ratio = max(ratio, 0.1)
-        points = []
-        groups = run.by_name()
-        scale = self._unit(1.0, 1.0)
-        for budget in FRONTIER_BUDGETS:
-            limit = run.metric._inner(budget) / ratio
-            for mix in frontier([g.name for g in run.groups], run.options(), [limit]):
-                schemes = [(groups[g], scheme_named(s)) for g, s in mix.schemes]
-                size = sum(run.costs[g.name, s.name].bytes for g, s in schemes)
-                bits = sum(8.0 * stored_bytes(g, s) for g, s in schemes) / sum(g.parameters for g, _ in schemes)
-                points.append(
-                    FrontierPoint(
-                        budget=budget,
-                        predicted_loss=run.metric.shown(mix.loss * ratio),
-                        cost=mix.cost * scale,
-                        effective_bits=bits,
-                        bytes=round(size),
-                    )
-                )
-        return tuple(points)
-
-    def report(
-        self,
-        loaded: Loaded,
-        parity: ParityResult,
-        judgement: Judgement,
-        reused: bool,
-        cost: CostResult,
-        pairs: Sequence[CheckedPair],
-    ) -> Report:
-        """Everything in one record."""
-        run = self.run
-        scale = self._unit(1.0, 1.0)
-        if loaded.path.name == "model":
-            self._finish(loaded.path, judgement, cost, loaded.notes)
-        return Report(
-            model=run.model.name,
-            target=run.settings.target if run.settings.device in ("cpu", "cuda") else run.target.name,
-            objective=run.settings.objective,
-            effort=run.settings.effort.name,
-            verdict=judgement.verdict,
-            verdict_reason=judgement.reason,
-            unread_data=not reused,
-            reused=reused,
-            plan=dataclasses.replace(self.plan, predicted_cost=self.plan.predicted_cost * scale),
-            loss=judgement.loss,
-            cost=cost,
-            parity=parity,
-            sensitivity=run.sensitivity_result(pairs),
-            schemes=self.shares(),
-            groups=tuple(
-                GroupChoice(
-                    group=g.name,
-                    block=g.block,
-                    role=g.role,
-                    scheme=self.schemes[g.name].name,
-                    parameters=g.parameters,
-                    predicted_kl_nats=run.predicted.get((g.name, self.schemes[g.name].name), 0.0),
-                    cost=self._unit(
-                        run.costs[g.name, self.schemes[g.name].name].us,
-                        run.costs[g.name, self.schemes[g.name].name].bytes,
-                    ),
-                )
-                for g in run.groups
-            ),
-            unquantised=run.unquantised,
-            struck_out=run.struck_out,
-            frontier=self._frontier(),
-            rounds=tuple(
-                (run.metric.shown(r.predicted), run.metric.shown(r.measured.loss)) for r in run.verified.rounds
-            ),
-            environment=environment(run),
-            seconds=run.progress.seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-            artefact=str(loaded.path),
-        )
-
-
-def _reduction(speeds: Any, prompt: int, output: int) -> float | None:
-    """Share of the workload's time that was saved, by tokens per second before and after."""
-    if speeds[0][0] is None:
-        return None
-    before, after = (prompt / prefill + (output / decode if output else 0.0) for prefill, decode in speeds)
-    return float(1.0 - after / before)
-
 
 def _same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     return (
@@ -466,22 +315,3 @@ def _same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
         and torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
         and torch.equal(one.scale, other.scale)
     )
-
-
-def environment(run: Run) -> dict[str, str]:
-    """Versions and machine, for the report."""
-    return {
-        "lowprec": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "device": run.target.device,
-        "platform": platform.platform(),
-    }
-
-
-__all__ = ["Loaded", "LossResult", "PairedScores", "PairedValues", "Proof", "mean_kl"]

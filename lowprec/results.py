@@ -10,13 +10,16 @@ from lowprec.records import SCHEMA_VERSION, Objective, Origin, PrecisionPlan, Ve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLoss:
-    """Loss on one source of text, so that the mean hides none."""
+    """Loss on one source of text, so that the mean hides none.
+
+    A single unit has no bounds, and a model without logits no KL: None.
+    """
 
     source: str
     relative: float
-    lower: float
-    upper: float
-    kl_nats: float
+    lower: float | None
+    upper: float | None
+    kl_nats: float | None
     units: int
     tokens: int
 

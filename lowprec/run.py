@@ -29,7 +29,7 @@ from lowprec.records import (
     digest,
 )
 from lowprec.report.progress import RunProgress
-from lowprec.results import CheckedPair, SensitivityResult, StruckOut, Unquantised
+from lowprec.results import CheckedPair, SensitivityResult
 from lowprec.settings import Settings
 from lowprec.steps.allocate import Allocation, Option
 from lowprec.steps.calibrate import Calibration, calibrate
@@ -39,7 +39,7 @@ from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import output_width
 from lowprec.steps.load import Model
 from lowprec.steps.measure import compare, mean_kl, measure_pairs, run_through
-from lowprec.steps.metrics import Metric, metric_of
+from lowprec.steps.metrics import Metric, limit_of, metric_of, shown, tuning_loss
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.sensitivity import effects, rows_of
 from lowprec.steps.solve import Rounder, overlay_of, solve_plan, solver_of
@@ -50,6 +50,7 @@ from lowprec.targets import Target, target_for
 from lowprec.version import __version__
 
 BATCH_TOKENS = 512
+PROBE_WINDOW = 128
 BF16 = scheme_named("bf16")
 
 
@@ -78,6 +79,7 @@ class Run:
         self.target: Target = target_for(settings.target, None if settings.device == "cpu" else settings.device)
         self.metric: Metric = metric_of(settings.budget, model, settings.seed)
         self.outcome = model.outcome
+        self.own_bytes = model.dtype.itemsize
 
     # Data and graph
 
@@ -102,10 +104,12 @@ class Run:
         share = effort.calibration_tokens / (effort.calibration_tokens + effort.sensitivity_tokens)
         gathered = whole.subset(round(share * whole.tokens))
         self.gather_batches = gathered.batches(BATCH_TOKENS)
-        self.probe_batches = _after(whole, len(gathered)).batches(BATCH_TOKENS)
+        # More and shorter sequences: the prediction's variance falls with their number.
+        self.probe_batches = _shortened(_after(whole, len(gathered)), PROBE_WINDOW).batches(BATCH_TOKENS)
         if not self.probe_batches:
             raise DataError("the calibration text is one single window; give more text")
-        self.tuning_batches = self.splits.tuning.batches(BATCH_TOKENS)
+        self.tuning, self.held_out = self.metric.sets(self.splits)
+        self.tuning_batches = self.tuning.batches(BATCH_TOKENS)
         self.schemes = {g.name: [s for s in self.allowed[g.name] if s.weight is not None] for g in self.groups}
         self.inputs = {
             "model": self.model.revision,
@@ -192,6 +196,7 @@ class Run:
                     self.probe_batches,
                     self.outcome,
                     self.rounder.errors,
+                    self.calibration,
                     self.scratch,
                     self.settings.seed,
                     step.report,
@@ -213,7 +218,7 @@ class Run:
         overlays = {pair: self._overlay({pair[0]: pair[1]}) for pair in self._pairs(effort.checked_pairs)}
         with self.progress.step("check", self.stream.depth, "blocks") as step:
             measured = measure_pairs(
-                self.stream, data.batches(BATCH_TOKENS), overlays, self.metric.compare, step.report
+                self.stream, data.batches(BATCH_TOKENS), overlays, self.metric.divergence, step.report
             )
         pairs = tuple(
             CheckedPair(
@@ -266,7 +271,7 @@ class Run:
             self.progress.skip("cost", "timed by an earlier run")
         self.samples = samples
         self.costs: dict[tuple[str, str], GroupCost] = group_costs(
-            self.groups, self.widths, self.allowed, self.settings.workload, samples, self._tied()
+            self.groups, self.widths, self.allowed, self.settings.workload, samples, self._tied(), self.own_bytes
         )
 
     def _tied(self) -> list[str]:
@@ -291,10 +296,8 @@ class Run:
 
     def verify(self) -> Verified:
         """Finds the cheapest mix within the budget on tuning data."""
-        inputs = self.inputs | {"tuning": self.splits.tuning.digest, "metric": self.settings.budget.metric}
-        known: tuple[MeasuredMix, ...] = (
-            self.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
-        )
+        inputs = self.inputs | {"tuning": self.tuning.digest, "metric": self.settings.budget.metric}
+        known: tuple[MeasuredMix, ...] = self.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
         measured = {m.mix: m for m in known}
         with self.progress.step("verify", unit="rounds") as step:
 
@@ -310,7 +313,7 @@ class Run:
             self.verified = verify(
                 [g.name for g in self.groups],
                 self.options(),
-                self.metric.limit(),
+                limit_of(self.metric.budget),
                 measure,
                 self.settings.effort.rounds,
                 step.report,
@@ -321,8 +324,9 @@ class Run:
         if not hasattr(self, "_reference"):
             self._reference = run_through(self.stream, self.tuning_batches)
         candidate = run_through(self.stream, self.tuning_batches, overlay)
-        table = compare(self._reference, [candidate], self.tuning_batches, self.metric.compare)[0]
-        loss, upper = self.metric.tuning_loss(table, self.splits.tuning, self.tuning_batches)
+        by = self.metric.compare(self.tuning)
+        table = compare(self._reference, [candidate], self.tuning_batches, by)[0]
+        loss, upper = tuning_loss(self.metric, table, self.tuning, self.tuning_batches, self.settings.seed)
         return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
 
     def plan(self) -> PrecisionPlan:
@@ -333,14 +337,14 @@ class Run:
             model=self.model.name,
             revision=self.model.revision,
             groups=chosen.allocation.schemes,
-            budget=settings.budget,
+            budget=self.metric.budget,
             workload=settings.workload,
             target=settings.target,
             objective=settings.objective,
             solver="gptq",
-            predicted_loss=self.metric.shown(chosen.predicted),
+            predicted_loss=shown(self.metric.budget, chosen.predicted),
             predicted_cost=chosen.allocation.cost,
-            input_digests=tuple(sorted({**self.inputs, "tuning": self.splits.tuning.digest}.items())),
+            input_digests=tuple(sorted({**self.inputs, "tuning": self.tuning.digest}.items())),
         )
         self.folder.write_step("plan", plan, {"cost": digest(repr(self.samples)), **self.inputs})
         return plan
@@ -443,9 +447,24 @@ def _after(data: TokenSet, windows: int) -> TokenSet:
     )
 
 
+def _shortened(data: TokenSet, length: int) -> TokenSet:
+    """The windows of `data` cut into pieces of `length` tokens; shorter rests are dropped unless a window is one."""
+    pieces = [
+        (window, part)
+        for window, ids in enumerate(data.ids)
+        for part in torch.split(ids, length)
+        if len(part) == length or len(ids) < length
+    ]
+    order = [window for window, _ in pieces]
+    return dataclasses.replace(
+        data,
+        ids=tuple(part for _, part in pieces),
+        units=tuple(data.units[i] for i in order),
+        sources=tuple(data.sources[i] for i in order),
+        documents=tuple(data.documents[i] for i in order),
+    )
+
+
 def peak_memory_bytes() -> int:
     """The largest resident size that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-__all__ = ["Run", "StruckOut", "Unquantised", "peak_memory_bytes"]

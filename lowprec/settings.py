@@ -123,5 +123,6 @@ def parse_budget(text: str | float, metric: str = "perplexity", confidence: floa
         limit = float(number.removesuffix("%")) / (100.0 if number.endswith("%") else 1.0)
     except ValueError as error:
         raise ConfigError(f"budget {text!r} is no number: give a share like 5% or 0.05") from error
-    absolute = kind == "absolute" or metric in ("kl", "cosine")
-    return Budget(metric=metric, limit=limit, kind="absolute" if absolute else "relative", confidence=confidence)
+    # Only these two have a value for the reference that a loss could be a share of.
+    relative = kind == "relative" and (metric == "perplexity" or metric.startswith("task:"))
+    return Budget(metric=metric, limit=limit, kind="relative" if relative else "absolute", confidence=confidence)

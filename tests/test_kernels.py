@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from lowprec_kernels import cpu, kernel, ops, reference, slow, timing
 from lowprec_kernels.kernel import Kernel, Operands, kernels_for, registered
 from lowprec_kernels.packing import pack_int4, unpack_int4
-from torch import Tensor
 
 SHAPES = [(1, 16, 32), (3, 33, 96), (17, 48, 128), (2, 1, 32), (0, 16, 64)]
 TOLERANCE = 1e-2

@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowprec_kernels.packing import pack_int4, unpack_int4, unpack_nibbles
 
 

@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_factory import make_cost, make_loss, make_report
 from rich.console import Console
 
 from lowprec.errors import ConfigError
@@ -22,6 +21,7 @@ from lowprec.report import numbers as n
 from lowprec.report.palette import in_order, look_of
 from lowprec.report.svg import Axis, tag
 from lowprec.results import CheckedPair, ParityResult, StruckOut
+from report_factory import make_cost, make_loss, make_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

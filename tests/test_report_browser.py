@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from report_factory import make_report
 
 from lowprec.report import report_html
+from report_factory import make_report
 
 pytestmark = pytest.mark.slow
 

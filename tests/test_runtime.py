@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from lowprec_kernels.kernel import kernels_for
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError, ModelError, UnsupportedError
@@ -13,6 +12,7 @@ from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, Quantiz
 from lowprec.records import CostSample, Scheme
 from lowprec.runtime import KernelTable, QuantLinear, convert_
 from lowprec.runtime.dispatch import automatic, bucket_of, choose, kernel_named, kinds, usable
+from lowprec_kernels.kernel import kernels_for
 
 QUANTISED = [s for s in SCHEMES.values() if s.weight is not None]
 

@@ -85,9 +85,7 @@ def test_nan_activations_name_the_layer_and_the_text(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     stream, groups = built(model)
     with pytest.raises(ModelError, match=r"layers\.1.*on the text page 7"):
-        calibrate(
-            stream, groups, batches(), Tokens(), no_rounding, Scratch(tmp_path, "d"), describe=lambda _: "page 7"
-        )
+        calibrate(stream, groups, batches(), Tokens(), no_rounding, Scratch(tmp_path, "d"), describe=lambda _: "page 7")
 
 
 def reference_effects(stream: Stream, group: Group, data: list[Batch], seed: int) -> Tensor:
@@ -117,9 +115,9 @@ def reference_effects(stream: Stream, group: Group, data: list[Batch], seed: int
 
 def scored(stream: Stream, groups: Any, tmp_path: Path, data: list[Batch], **kwargs: Any) -> Effects:
     scratch = Scratch(tmp_path, "d")
-    calibrate(stream, groups, [*batches(1), *data], Tokens(), no_rounding, scratch, probing=len(data))
+    done = calibrate(stream, groups, [*batches(1), *data], Tokens(), no_rounding, scratch, probing=len(data))
     schemes = {g.name: SCHEMES for g in groups}
-    return effects(stream, groups, schemes, data, Tokens(), rtn_errors(stream), scratch, seed=3, **kwargs)
+    return effects(stream, groups, schemes, data, Tokens(), rtn_errors(stream), done, scratch, seed=3, **kwargs)
 
 
 @pytest.mark.parametrize("role", ["qkv", "down", "lm_head"])
@@ -138,7 +136,9 @@ def test_effects_equal_autograd(tmp_path: Path, role: str) -> None:
 
 def test_prediction_agrees_with_measurement(tmp_path: Path) -> None:
     stream, groups = built(tiny.decoder())
-    data = [Batch(ids=tiny.batch(8, 32, seed=i), lengths=torch.full((8,), 32), index=tuple(range(8))) for i in range(12)]
+    data = [
+        Batch(ids=tiny.batch(8, 32, seed=i), lengths=torch.full((8,), 32), index=tuple(range(8))) for i in range(12)
+    ]
     found = scored(stream, groups, tmp_path, data)
     errors = rtn_errors(stream)
     for scheme in SCHEMES:
@@ -153,7 +153,7 @@ def test_prediction_agrees_with_measurement(tmp_path: Path) -> None:
         measured = mean_kl(
             compare(run_through(stream, data), [run_through(stream, data, overlay)], data, compare_tokens)[0]
         )
-        predicted = sum(found.kl(found.of(g.name, scheme))[0] for g in groups)
+        predicted = sum(found.kl(g.name, scheme)[0] for g in groups)
         assert predicted == pytest.approx(measured, rel=0.35), scheme.name
 
 
@@ -191,10 +191,10 @@ def test_a_cut_pass_resumes_with_the_same_effects(tmp_path: Path) -> None:
     arguments = (stream, groups, [*batches(1), *data], Tokens())
     with pytest.raises(Cut):
         calibrate(*arguments, lambda g, s: seen.append(g.name), scratch, probing=3, progress=cut)
-    calibrate(*arguments, lambda g, s: seen.append(g.name), scratch, probing=3)
+    done = calibrate(*arguments, lambda g, s: seen.append(g.name), scratch, probing=3)
     assert seen == [g.name for g in groups], "no group is calibrated twice"
     schemes = {g.name: SCHEMES for g in groups}
-    common = (stream, groups, schemes, data, Tokens(), rtn_errors(stream), scratch, 3)
+    common = (stream, groups, schemes, data, Tokens(), rtn_errors(stream), done, scratch, 3)
     with pytest.raises(Cut):
         effects(*common, progress=cut)
     resumed = effects(*common)
@@ -211,8 +211,8 @@ def test_vectors_are_scored_by_their_squared_error(tmp_path: Path) -> None:
     scheme = scheme_named("w4a16-g64")
     errors = rtn_errors(stream)
     scratch = Scratch(tmp_path, "d")
-    calibrate(stream, groups, data, Vector(), no_rounding, scratch)
-    found = effects(stream, groups, {g.name: [scheme] for g in groups}, data, Vector(), errors, scratch, seed=0)
+    done = calibrate(stream, groups, data, Vector(), no_rounding, scratch)
+    found = effects(stream, groups, {g.name: [scheme] for g in groups}, data, Vector(), errors, done, scratch, seed=0)
     for name, group in zip(("0", "2"), groups, strict=True):
         changed = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
         changed.load_state_dict(model.state_dict())
@@ -220,7 +220,7 @@ def test_vectors_are_scored_by_their_squared_error(tmp_path: Path) -> None:
         x = torch.cat(data)
         with torch.no_grad():
             measured = float(0.5 * (changed(x) - model(x)).square().sum(1).mean())
-        predicted, stderr = found.kl(found.of(group.name, scheme))
+        predicted, stderr = found.kl(group.name, scheme)
         assert abs(predicted - measured) < 4 * stderr + 0.05 * measured
 
 

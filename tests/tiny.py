@@ -28,7 +28,11 @@ DECODERS: dict[str, Any] = {
     "mistral": MistralConfig(**COMMON, intermediate_size=128, num_key_value_heads=2),
     "qwen3": Qwen3Config(**COMMON, intermediate_size=128, num_key_value_heads=2, head_dim=16),
     "gemma3": Gemma3TextConfig(
-        **COMMON | {"num_hidden_layers": 7}, intermediate_size=128, num_key_value_heads=2, head_dim=16, sliding_window=16
+        **COMMON | {"num_hidden_layers": 7},
+        intermediate_size=128,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
     ),
     "gpt2": GPT2Config(vocab_size=WORDS, n_embd=64, n_layer=3, n_head=4),
 }

@@ -29,7 +29,9 @@ def loss_forest(report: Report) -> Markup:
     """Estimate and one-sided bounds for all data and for each source, with the budget as a line."""
     loss, kind = report.loss, report.plan.budget.kind
     rows = [("all data", loss.relative, loss.lower, loss.upper)]
-    rows += [(s.source, s.relative, s.lower, s.upper) for s in loss.per_source]
+    rows += [
+        (s.source, s.relative, s.lower, s.upper) for s in loss.per_source if s.lower is not None and s.upper is not None
+    ]
     values = [v for row in rows for v in row[1:]] + [0.0, loss.budget]
     spread = max(values) - min(values) or 1.0
     axis = Axis(min(values) - 0.04 * spread, max(values) + 0.14 * spread)

@@ -7,7 +7,6 @@ always [N, K]. A tied lm_head is replaced by codes of its own while the embeddin
 from collections.abc import Mapping
 
 import torch
-from lowprec_kernels.kernel import Operands
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError, ModelError
@@ -16,6 +15,7 @@ from lowprec.records import Scheme
 from lowprec.registry import closest
 from lowprec.runtime.dispatch import KernelTable
 from lowprec.runtime.linear import QuantLinear
+from lowprec_kernels.kernel import Operands
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -15,8 +15,6 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, WeightKind, kernels_for
-from lowprec_kernels.packing import pack_int4
 from torch import Tensor
 
 from lowprec.errors import ConfigError, UnsupportedError
@@ -24,6 +22,8 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
 from lowprec.records import CostSample, Scheme
 from lowprec.registry import closest
 from lowprec.runtime.measure import measure_kernels
+from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, WeightKind, kernels_for
+from lowprec_kernels.packing import pack_int4
 
 log = logging.getLogger(__name__)
 

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lowprec_kernels.kernel import Kernel, Operands, State
-from lowprec_kernels.packing import unpack_int4
-from lowprec_kernels.slow import linear64
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
 from lowprec.records import Scheme
 from lowprec.runtime.dispatch import KernelTable, bucket_of, choose, kinds, operands_of
+from lowprec_kernels.kernel import Kernel, Operands, State
+from lowprec_kernels.packing import unpack_int4
+from lowprec_kernels.slow import linear64
 
 DENSE_TOLERANCE = 1e-2
 

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from lowprec_kernels import timing
-from lowprec_kernels.kernel import Kernel, Operands, State
-from lowprec_kernels.packing import pack_int4
-from lowprec_kernels.timing import Timing
 from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.records import Scheme
+from lowprec_kernels import timing
+from lowprec_kernels.kernel import Kernel, Operands, State
+from lowprec_kernels.packing import pack_int4
+from lowprec_kernels.timing import Timing
 
 SCREEN_ROWS = 256
 SCREEN_RATIO = 3.0

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ModelError
+from lowprec.formats.base import as_bfloat16
+from lowprec.formats.fp8 import LARGEST
+from lowprec.formats.int8 import QMAX
 from lowprec.records import Group
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Overlay, Stream
+
+STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": LARGEST}
 
 OnGroup = Callable[[Group, LayerStatistics], None]
 Progress = Callable[[int, int], None]
@@ -34,6 +39,12 @@ class Calibration:
 
     amax: tuple[tuple[str, float], ...]
     batches: int
+
+    def scale_of(self, group: str, activation: str | None) -> Tensor | None:
+        """Static scale of the group's input, a bfloat16 value as checkpoints store it; None for dynamic formats."""
+        if activation not in STATIC_MAXIMUM:
+            return None
+        return as_bfloat16(torch.tensor(dict(self.amax)[group] / STATIC_MAXIMUM[activation]))
 
 
 class _StopForward(Exception):
@@ -194,9 +205,7 @@ def _on(text: str) -> str:
     return f", on the text {text}" if text else ""
 
 
-def _outside(
-    stream: Stream, hidden: Sequence[Any], batches: Sequence[Any], outcome: Outcome, gather: Gather
-) -> None:
+def _outside(stream: Stream, hidden: Sequence[Any], batches: Sequence[Any], outcome: Outcome, gather: Gather) -> None:
     with stream.outer(), gather.hooks(stop_after=True):
         for given, batch in zip(hidden[: gather.batches], batches, strict=False):
             gather.where = outcome.positions(batch)

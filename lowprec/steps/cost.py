@@ -11,6 +11,7 @@ bfloat16 shares the embedding's bytes and costs none of its own.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lowprec.artifacts.ct_schemes import storage_format
 from lowprec.errors import UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, resolve, scheme_named
 from lowprec.records import CostSample, Group, Objective, Scheme, Workload
@@ -94,11 +95,13 @@ def group_costs(
     workload: Workload,
     samples: Sequence[CostSample],
     tied: Sequence[str] = (),
+    own_bytes: int = 2,
 ) -> dict[tuple[str, str], GroupCost]:
     """(group, scheme) -> cost.
 
     Args:
-        tied: groups whose bfloat16 weight is the embedding's own.
+        tied: groups whose unquantised weight is the embedding's own.
+        own_bytes: of one unquantised weight.
     """
     time = {(s.scheme, s.n, s.k, s.m): s.p50_us for s in samples}
     costs = {}
@@ -109,16 +112,21 @@ def group_costs(
                 time[scheme.name, n, group.k, prefill] + workload.output_tokens * time[scheme.name, n, group.k, decode]
                 for n in widths[group.name]
             )
-            size = 0.0 if scheme.weight is None and group.name in tied else stored_bytes(group, scheme)
+            size = 0.0 if scheme.weight is None and group.name in tied else stored_bytes(group, scheme, own_bytes)
             costs[group.name, scheme.name] = GroupCost(group=group.name, scheme=scheme.name, us=us, bytes=size)
     return costs
 
 
-def stored_bytes(group: Group, scheme: Scheme) -> float:
-    """Bytes of the group's weights in `scheme`, scales included."""
+def stored_bytes(group: Group, scheme: Scheme, own_bytes: int = 2) -> float:
+    """Bytes of the group's weights in `scheme`, scales included; `own_bytes` for each unquantised weight."""
     if scheme.weight is None:
-        return 2.0 * group.parameters
-    return group.n * WEIGHT_FORMATS[scheme.weight].bytes_per_row(group.k)
+        return float(own_bytes * group.parameters)
+    fmt = WEIGHT_FORMATS[scheme.weight]
+    codes = group.n * fmt.bytes_per_row(group.k)
+    if storage_format(scheme) == "int-quantized" and fmt.bits < 8:
+        # Runtimes read 4-bit weights that meet INT8 activations one to a byte.
+        codes += group.parameters * (8 - fmt.bits) / 8
+    return codes
 
 
 def in_unit(cost: GroupCost, objective: Objective) -> float:

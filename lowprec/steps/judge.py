@@ -292,20 +292,22 @@ def _loss_result(
     ratio = _ratio(looked, budget)
     whole = _bounds(ratio, np.ones(len(looked), bool), confidence, resamples, seed)
     weights = _weights(looked)
+    kl = looked.kl if isinstance(looked, PairedScores) else None
     rows = []
     for source in np.unique(looked.source):
         mask = looked.source == source
         if ratio.denominator[mask].sum() <= 0:
             continue  # no question of this source was answered by the reference: no relative change exists
         own = _bounds(ratio, mask, confidence, resamples, seed)
+        units = len(np.unique(looked.unit[mask]))
         rows.append(
             SourceLoss(
                 source=source_names[source],
                 relative=own.estimate,
-                lower=own.lower,
-                upper=own.upper,
-                kl_nats=float(looked.kl[mask].sum() / weights[mask].sum()) if isinstance(looked, PairedScores) else 0.0,
-                units=len(np.unique(looked.unit[mask])),
+                lower=own.lower if units > 1 else None,
+                upper=own.upper if units > 1 else None,
+                kl_nats=float(kl[mask].sum() / weights[mask].sum()) if kl is not None else None,
+                units=units,
                 tokens=round(weights[mask].sum()),
             )
         )

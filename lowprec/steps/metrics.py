@@ -1,70 +1,202 @@
-"""The budget's metric: how outputs are compared, how tuning tables become a loss with a bound, how the judge is fed.
+"""The budget's metric: what it is measured on, how outputs are compared, how the judge is fed.
 
 Inside the search a loss is in the unit in which predictions add: nats of mean loss for perplexity (a relative change r
-is ln(1 + r) nats), the metric's own unit otherwise.
+is ln(1 + r) nats), the metric's own unit otherwise. A metric of one's own and that of sentence embeddings are 0 for the
+reference, so their budgets are absolute; KL and top-1 (the share of tokens whose first choice changes) likewise.
 """
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lowprec.errors import ConfigError
 from lowprec.records import Budget
 from lowprec.registry import closest
-from lowprec.steps.data import TokenSet
+from lowprec.steps.data import Splits, TokenSet
 from lowprec.steps.judge import Looked, judge
 from lowprec.steps.load import Model
 from lowprec.steps.measure import Compare, compare_tokens, compare_vectors, paired
 from lowprec.steps.scores import PairedValues
+from lowprec.steps.tasks import PREFIX, Question, check_above_chance, encode_pair, load_task, paired_answers
 
-DECODER_METRICS = ("perplexity", "kl", "top1")
+DECODER_METRICS = ("perplexity", "kl", "top1", f"{PREFIX}FILE")
+TUNING_SHARE = 0.4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """A budget's metric on one kind of model."""
+class Metric(Protocol):
+    """A budget's metric on one model."""
 
-    budget: Budget
-    compare: Compare
-    tokens: bool
-    seed: int
+    @property
+    def budget(self) -> Budget:
+        """What may be lost."""
 
-    def limit(self) -> float:
-        """The budget in the unit of the search."""
-        return math.log1p(self.budget.limit) if self._exponential() else self.budget.limit
+    @property
+    def divergence(self) -> Compare:
+        """Compares outputs by KL, or by what stands for it; its last column sums it, its first one counts."""
 
-    def shown(self, loss: float) -> float:
-        """A loss in the unit of the search, as the metric shows it."""
-        return math.expm1(loss) if self._exponential() else loss
+    def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
+        """What the metric is measured on: for tuning, and for each look of the judge."""
 
-    def _exponential(self) -> bool:
-        return self.budget.metric == "perplexity"
-
-    def _inner(self, change: float) -> float:
-        return math.log1p(max(change, -0.99)) if self._exponential() else change
+    def compare(self, data: TokenSet) -> Compare:
+        """Compares outputs on `data`, one of the sets."""
 
     def looked(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> Looked:
         """A comparison's table as the judge takes it."""
-        if self.tokens:
-            return paired(table, data, batches)
-        order = [window for batch in batches for window in batch.index]
-        values = table[:, 1].double().numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMetric:
+    """Perplexity, KL or top-1 of a decoder on held-out text."""
+
+    budget: Budget
+    divergence: Compare = compare_tokens
+
+    def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
+        """The text's own splits."""
+        return splits.tuning, splits.held_out
+
+    def compare(self, data: TokenSet) -> Compare:
+        """Token scores."""
+        return self.divergence
+
+    def looked(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> Looked:
+        """Sums per window."""
+        return paired(table, data, batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorMetric:
+    """A loss per example of a model without logits."""
+
+    budget: Budget
+    divergence: Compare
+
+    def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
+        """The text's own splits."""
+        return splits.tuning, splits.held_out
+
+    def compare(self, data: TokenSet) -> Compare:
+        """The metric's value per row."""
+        return self.divergence
+
+    def looked(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> Looked:
+        """One value per window, weighed by its tokens, against a reference of zero."""
+        order = _order(batches)
         return PairedValues(
             unit=np.array([data.units[i] for i in order]),
             source=np.array([data.sources[i] for i in order]),
-            weight=np.ones(len(order)),
+            weight=np.array([float(len(data.ids[i])) for i in order]),
             reference=np.zeros(len(order)),
-            candidate=values,
+            candidate=table[:, 1].double().numpy(),
         )
 
-    def tuning_loss(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> tuple[float, float]:
-        """(estimate, upper bound) at the confidence of one look of the judge, in the unit of the search."""
-        loss = judge([self.looked(table, data, batches)], self.budget, data.source_names, seed=self.seed).loss
-        return self._inner(loss.relative), self._inner(loss.upper)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """One choice of one question as a window: where the continuation starts in it."""
+
+    question: int
+    choice: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskMetric:
+    """Accuracy of a multiple-choice task: questions for tuning, and others for one look of the judge."""
+
+    budget: Budget
+    questions: tuple[Question, ...]
+    tokenizer: Any
+    seed: int
+    divergence: Compare = compare_tokens
+    _asked: dict[str, tuple[_Asked, ...]] = field(default_factory=dict)
+
+    def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
+        """Two disjoint sets of questions."""
+        order = list(range(len(self.questions)))
+        random.Random(self.seed).shuffle(order)
+        cut = max(1, round(TUNING_SHARE * len(order)))
+        return self._set(order[:cut]), (self._set(order[cut:]),)
+
+    def _set(self, chosen: Sequence[int]) -> TokenSet:
+        ids, asked = [], []
+        for question in chosen:
+            for choice, continuation in enumerate(self.questions[question].continuations):
+                context, rest = encode_pair(self.tokenizer, self.questions[question].context, continuation)
+                ids.append(torch.tensor([*context, *rest]))
+                asked.append(_Asked(question=question, choice=choice, start=len(context)))
+        data = TokenSet(
+            ids=tuple(ids),
+            units=tuple(a.question for a in asked),
+            sources=(0,) * len(ids),
+            documents=tuple(f"question {a.question + 1}" for a in asked),
+            source_names=(self.budget.metric.removeprefix(PREFIX),),
+        )
+        self._asked[data.digest] = tuple(asked)
+        return data
+
+    def compare(self, data: TokenSet) -> Compare:
+        """[B, 4]: tokens of the continuation, its log-likelihood before and after, KL."""
+        asked = self._asked[data.digest]
+
+        def by(reference: Tensor, output: Tensor, batch: Any) -> Tensor:
+            rows = []
+            for row, (window, length) in enumerate(zip(batch.index, batch.lengths.tolist(), strict=True)):
+                where = slice(asked[window].start - 1, length - 1)
+                labels = batch.ids[row, asked[window].start : length, None].to(output.device)
+                before = reference[row, where].float().log_softmax(-1)
+                after = output[row, where].float().log_softmax(-1)
+                kl = (before.exp() * (before - after)).sum()
+                scores = [before.gather(1, labels).sum(), after.gather(1, labels).sum(), kl]
+                rows.append(torch.stack([torch.tensor(float(len(labels))), *[s.cpu() for s in scores]]))
+            return torch.stack(rows)
+
+        return by
+
+    def looked(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> Looked:
+        """Right or wrong, per question; refuses a task at chance level."""
+        asked = self._asked[data.digest]
+        scores: dict[int, dict[int, tuple[float, float]]] = {}
+        for window, (_, before, after, _) in zip(_order(batches), table.tolist(), strict=True):
+            scores.setdefault(asked[window].question, {})[asked[window].choice] = (before, after)
+        answers = np.array([self.questions[q].answer for q in scores])
+        chosen = np.array([np.argmax([found[c] for c in sorted(found)], axis=0) for found in scores.values()])
+        before, after = (chosen == answers[:, None]).T.astype(np.float64)
+        check_above_chance([self.questions[q] for q in scores], before)
+        return paired_answers(before, after)
+
+
+def _order(batches: Sequence[Any]) -> list[int]:
+    return [window for batch in batches for window in batch.index]
+
+
+def limit_of(budget: Budget) -> float:
+    """The budget in the unit of the search."""
+    return in_search_unit(budget, budget.limit)
+
+
+def in_search_unit(budget: Budget, change: float) -> float:
+    """A change of the metric in the unit of the search."""
+    return math.log1p(max(change, -0.99)) if budget.metric == "perplexity" else change
+
+
+def shown(budget: Budget, loss: float) -> float:
+    """A loss in the unit of the search, as the metric shows it."""
+    return math.expm1(loss) if budget.metric == "perplexity" else loss
+
+
+def tuning_loss(
+    metric: Metric, table: Tensor, data: TokenSet, batches: Sequence[Any], seed: int
+) -> tuple[float, float]:
+    """(estimate, upper bound) at the confidence of one look of the judge, in the unit of the search."""
+    loss = judge([metric.looked(table, data, batches)], metric.budget, data.source_names, seed=seed).loss
+    return in_search_unit(metric.budget, loss.relative), in_search_unit(metric.budget, loss.upper)
 
 
 def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
@@ -74,11 +206,14 @@ def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
         ConfigError: unknown, or not one that this kind of model has.
     """
     if model.kind == "decoder":
+        if budget.metric.startswith(PREFIX):
+            return TaskMetric(budget=budget, questions=load_task(budget.metric), tokenizer=model.tokenizer, seed=seed)
         if budget.metric not in DECODER_METRICS:
             raise ConfigError(f"unknown metric {budget.metric!r}: {closest(budget.metric, DECODER_METRICS)}")
-        return Metric(budget=budget, compare=compare_tokens, tokens=True, seed=seed)
-    if budget.metric in DECODER_METRICS:
+        return TokenMetric(budget=budget)
+    if budget.metric in DECODER_METRICS or budget.metric.startswith(PREFIX):
         raise ConfigError(f"{model.name} has no logits, so no {budget.metric}: use the metric 'cosine' or your own")
     if budget.kind != "absolute":
-        raise ConfigError(f"the reference's {budget.metric!r} is 0, so its budget must be absolute: '0.05 abs'")
-    return Metric(budget=budget, compare=compare_vectors(model.metric), tokens=False, seed=seed)
+        # The reference's own value is 0, so no share of it exists; the number is meant as the difference.
+        budget = replace(budget, kind="absolute")
+    return VectorMetric(budget=budget, divergence=compare_vectors(model.metric))

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
-from lowprec.formats.int8 import QMAX
 from lowprec.records import Group, Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.steps.calibrate import Calibration, Progress, calibrate
@@ -29,8 +28,6 @@ from lowprec.steps.linear import weight_of
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Overlay, Override, Stream
-
-STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": 448.0}
 
 
 def solver_of(fmt: str) -> str:
@@ -120,13 +117,9 @@ class Rounder:
         return None if fmt is None else lambda: self.rounded(layer, fmt).dequantize()
 
 
-def override(
-    scheme: Scheme, calibration: Calibration, group: str, weight: Callable[[], Tensor] | None
-) -> Override:
+def override(scheme: Scheme, calibration: Calibration, group: str, weight: Callable[[], Tensor] | None) -> Override:
     """The override of a layer of `group` in `scheme`, with the static activation scale where the scheme has one."""
-    scale = None
-    if scheme.activation in STATIC_MAXIMUM:
-        scale = torch.tensor(dict(calibration.amax)[group] / STATIC_MAXIMUM[scheme.activation])
+    scale = calibration.scale_of(group, scheme.activation)
     return Override(weight=weight, activation=scheme.activation, activation_scale=scale)
 
 

@@ -238,9 +238,7 @@ class Stream:
     def _stubs(self, inject: Tensor | None, stop_at: int | None) -> Iterator[list[_Stub]]:
         assert self._list is not None
         blocks = list(self._list)
-        stubs = [
-            _Stub(b, inject if i == 0 else None, self._as_tuple, stop=stop_at == i) for i, b in enumerate(blocks)
-        ]
+        stubs = [_Stub(b, inject if i == 0 else None, self._as_tuple, stop=stop_at == i) for i, b in enumerate(blocks)]
         modules: dict[str, Any] = self._list._modules
         for i, stub in enumerate(stubs):
             modules[str(i)] = stub

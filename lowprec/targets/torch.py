@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lowprec_kernels.kernel import registered
 from torch import nn
 
 from lowprec.errors import ModelError, UnsupportedError
@@ -23,6 +22,7 @@ from lowprec.records import CostSample, Origin, Scheme
 from lowprec.runtime.dispatch import BUCKET_LIMITS, automatic
 from lowprec.runtime.measure import measure_kernels
 from lowprec.targets.base import TARGETS, Progress, unfit, weight_bytes
+from lowprec_kernels.kernel import registered
 
 OP = "linear"
 END_TO_END_SECONDS = 12.0

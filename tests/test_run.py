@@ -1,0 +1,262 @@
+"""Whole runs on a tiny model: what is written, resume after kill -9, other budgets, bad folders."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from lowprec.api import optimize
+from lowprec.artifacts.digests import verify_digests
+from lowprec.artifacts.folder import RunFolder
+from lowprec.artifacts.loading import load_artefact, read_back
+from lowprec.artifacts.probe import check_probe
+from lowprec.artifacts.safetensors_io import load_tensors
+from lowprec.errors import ArtifactError, ConfigError, DataError, ModelError
+from lowprec.formats import scheme_named
+from lowprec.report import report_from_json
+from lowprec.results import Report
+from lowprec.steps.load import load, wrap
+
+pytestmark = pytest.mark.slow
+BUDGET = "30%"
+
+
+def run(model: Path, out: Path, data: Path, **changed: Any) -> Report:
+    settings: dict[str, Any] = {"budget": BUDGET, "objective": "bytes", "effort": tiny.EFFORT, "data": [data]}
+    return optimize(model, out=out, **settings | changed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its text and a finished run."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("run")
+    tiny.folder(path / "model")
+    tiny.text(path / "text.jsonl")
+    run(path / "model", path / "out", path / "text.jsonl")
+    return path
+
+
+def stored(out: Path, name: str) -> Any:
+    return json.loads((out / f"{name}.json").read_text())["record"]
+
+
+def test_a_finished_run_holds_everything(place: Path) -> None:
+    out = place / "out"
+    report = report_from_json((out / "report.json").read_text())
+    assert {"model", "solved", "sensitivity.json", "cost.json", "plan.json", "report.html"} <= set(os.listdir(out))
+    assert not (out / "work").exists(), "hidden states are not left behind"
+    assert report.parity.codes_equal
+    assert report.parity.holds
+    assert report.verdict == "inconclusive", "1,200 held-out tokens carry no verdict"
+    assert report.unread_data
+    assert not report.reused
+    assert report.cost.weight_bytes_after < report.cost.weight_bytes_before
+    assert sum(s.parameters for s in report.schemes) == sum(g.parameters for g in report.groups)
+    assert verify_digests(out / "model") == ()
+
+
+def test_the_artefact_is_what_the_plan_says(place: Path) -> None:
+    schemes = dict(stored(place / "out", "plan")["groups"])
+    found = read_back(place / "out" / "model")
+    assert set(schemes.values()) != {"bf16"}
+    for group, name in schemes.items():
+        layers = [layer for layer in found if layer.startswith(group.rpartition(".")[0])]
+        if scheme_named(name).weight and group != "lm_head":
+            assert any(found[layer].format == scheme_named(name).weight for layer in layers)
+    model, _ = load_artefact(place / "out" / "model")
+    assert check_probe(model, place / "out" / "model") < 1e-2
+
+
+def test_the_artefact_weighs_what_the_report_says(place: Path) -> None:
+    report = report_from_json((place / "out" / "report.json").read_text())
+    tensors, _ = load_tensors(place / "out" / "model" / "model.safetensors")
+    assert report.cost.weight_bytes_after == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.001)
+
+
+def test_the_same_command_again_does_nothing_new(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    plan = (place / "out" / "plan.json").read_bytes()
+    solved = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out" / "solved").iterdir()}
+    report = run(place / "model", tmp_path / "out", place / "text.jsonl")
+    assert (tmp_path / "out" / "plan.json").read_bytes() == plan
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out" / "solved").iterdir()} == solved
+    assert report.unread_data, "the same plan on the same data is the same look"
+
+
+def test_another_budget_reallocates_and_never_hides_that_data_was_read(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(place / "out", out)
+    sensitivity, cost = (out / "sensitivity.json").read_bytes(), (out / "cost.json").read_bytes()
+    reports = [run(place / "model", out, place / "text.jsonl", budget=b) for b in ("1%", "3%", "8%")]
+    assert (out / "sensitivity.json").read_bytes() == sensitivity
+    assert (out / "cost.json").read_bytes() == cost
+    assert len({r.plan.groups for r in reports}) > 1, "budgets this far apart give other mixes"
+    assert reports[-1].reused, "two looks hold no unread data for a fourth plan"
+    bits = [r.cost.effective_bits for r in reports]
+    assert bits == sorted(bits, reverse=True), "a larger budget never costs more"
+
+
+def test_a_second_run_in_one_folder_stops(place: Path) -> None:
+    with RunFolder(place / "out"), pytest.raises(ArtifactError, match="in use"):
+        run(place / "model", place / "out", place / "text.jsonl")
+
+
+def _child(place: Path, out: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    run(place / "model", out, place / "text.jsonl", workers=workers)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # The server imports everything once, so that a killed run costs what it computes.
+    context.set_forkserver_preload(["lowprec.api", "lowprec.report", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path) -> None:
+    context, out, generator = _context(), tmp_path / "out", random.Random(11)
+    out.mkdir()
+    shutil.copy(place / "out" / "cost.json", out)
+    start = time.monotonic()
+    whole = context.Process(target=_child, args=(place, tmp_path / "whole", 2))
+    whole.start()
+    whole.join()
+    seconds = time.monotonic() - start
+    assert whole.exitcode == 0
+    killed = 0
+    while killed < 10:
+        child = context.Process(target=_child, args=(place, out, generator.choice([1, 2, 4])))
+        child.start()
+        child.join(generator.uniform(0.1, 0.6) * seconds)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        killed += 1
+    run(place / "model", out, place / "text.jsonl")
+    assert (out / "plan.json").read_bytes() == (place / "out" / "plan.json").read_bytes()
+    assert (out / "sensitivity.json").read_bytes() == (place / "out" / "sensitivity.json").read_bytes()
+    for file in (place / "out" / "model").glob("*.safetensors"):
+        assert (out / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_worker_threads_do_not_change_the_plan(place: Path, tmp_path: Path) -> None:
+    for workers in (1, 5):
+        out = tmp_path / str(workers)
+        out.mkdir()
+        shutil.copy(place / "out" / "cost.json", out)
+        run(place / "model", out, place / "text.jsonl", workers=workers)
+        assert (out / "plan.json").read_bytes() == (place / "out" / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "llama-untied"])
+def test_other_decoders_run_too(name: str, tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model", name)
+    report = run(tmp_path / "model", tmp_path / "out", tiny.text(tmp_path / "text.jsonl"))
+    assert report.parity.codes_equal
+    assert report.parity.holds
+    assert (report.artefact.endswith("solved")) == (name == "gpt2"), "Conv1D has no compressed-tensors form"
+
+
+def test_an_encoder_is_a_library_call(tmp_path: Path) -> None:
+    def embed(module: Any, batch: Any) -> torch.Tensor:
+        hidden: torch.Tensor = module(input_ids=batch.ids, attention_mask=batch.mask().long()).last_hidden_state
+        return hidden[:, 0]
+
+    def cosine(reference: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return 1.0 - torch.nn.functional.cosine_similarity(reference, output, dim=-1)
+
+    model = wrap(tiny.encoder(), embed, tokenizer=tiny.tokenizer(), metric=cosine)
+    report = optimize(
+        model, out=tmp_path / "out", budget="0.02 abs", objective="bytes", effort=tiny.EFFORT,
+        data=[tiny.text(tmp_path / "text.jsonl")],
+    )  # fmt: skip
+    assert 0 <= report.loss.relative < 0.02
+    assert report.loss.perplexity_before is None
+    assert report.cost.reduction_measured is not None
+
+
+def test_static_activations_and_chosen_schemes(place: Path, tmp_path: Path) -> None:
+    report = run(place / "model", tmp_path / "out", place / "text.jsonl", schemes=["w8a8-int8-static"], budget="90%")
+    assert {s.scheme for s in report.schemes} <= {"bf16", "w8a8-int8-static"}
+    assert report.parity.holds
+
+
+def test_a_planned_device_is_modelled(place: Path, tmp_path: Path) -> None:
+    report = run(place / "model", tmp_path / "out", place / "text.jsonl", device="h100", objective="dollars")
+    assert report.cost.origin == "modelled"
+    assert report.cost.reduction_measured is None
+    assert "dollars" in report.cost.unit
+
+
+def test_a_task_is_a_metric(place: Path, tmp_path: Path) -> None:
+    model = load(place / "model")
+    ids = torch.arange(40)
+    with torch.no_grad():
+        likely = model.module(ids[None]).logits[0].argmax(-1).tolist()
+        unlikely = model.module(ids[None]).logits[0].argmin(-1).tolist()
+    # Questions that the reference answers right by construction; the context of question i ends in word i.
+    lines = []
+    for i in range(40):
+        question = " ".join(f"w{j}" for j in range(i + 1))
+        choices = [f"w{likely[i] % 298}", f"w{unlikely[i] % 298}"]
+        lines.append(json.dumps({"question": question, "choices": choices, "answer": 0}))
+    (tmp_path / "task.jsonl").write_text("\n".join(lines))
+    from lowprec.settings import parse_budget
+
+    budget = parse_budget("20%", f"task:{tmp_path / 'task.jsonl'}")
+    report = run(place / "model", tmp_path / "out", place / "text.jsonl", budget=budget)
+    assert report.loss.metric.startswith("task:")
+    assert report.loss.units == 24
+    (tmp_path / "chance.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"w{i}", "choices": ["w1", "w2"], "answer": i % 2}) for i in range(40))
+    )
+    with pytest.raises(ConfigError, match="chance"):
+        run(
+            place / "model", tmp_path / "chance", place / "text.jsonl",
+            budget=parse_budget("20%", f"task:{tmp_path / 'chance.jsonl'}"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"target": "torhc"}, ConfigError, "did you mean 'torch'"),
+        ({"device": "h1000"}, ConfigError, "did you mean 'h100'"),
+        ({"schemes": ["w4a61"]}, ConfigError, "did you mean 'w4a16'"),
+        ({"effort": "fats"}, ConfigError, "did you mean 'fast'"),
+        ({"budget": "300%"}, ConfigError, "3 is outside"),
+        ({"budget": "0"}, ConfigError, "0 is outside"),
+    ],
+)
+def test_bad_settings_say_what_to_do(
+    place: Path, tmp_path: Path, changed: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        run(place / "model", tmp_path / "out", place / "text.jsonl", **changed)
+
+
+def test_too_little_text_says_how_much_is_needed(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.txt").write_text("w1 w2 w3")
+    with pytest.raises(DataError, match="tokens"):
+        run(place / "model", tmp_path / "out", tmp_path / "small.txt")
+
+
+def test_nan_weights_are_named(tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    model = tiny.decoder()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj"):
+        load(tmp_path / "model")
