@@ -12,6 +12,7 @@ from lowprec.version import __version__
 
 if TYPE_CHECKING:
     from lowprec.api import complete, optimize
+    from lowprec.artifacts.compressed_tensors import write_artefact as export
     from lowprec.artifacts.loading import load_artefact
     from lowprec.errors import (
         ArtifactError,
@@ -28,47 +29,53 @@ if TYPE_CHECKING:
     from lowprec.settings import Settings
     from lowprec.steps.allocate import allocate, frontier
     from lowprec.steps.calibrate import calibrate
-    from lowprec.steps.cost import time_shapes
-    from lowprec.steps.graph import find_groups
+    from lowprec.steps.cost import time_shapes as cost
+    from lowprec.steps.data import split
+    from lowprec.steps.graph import find_groups as graph
     from lowprec.steps.judge import judge
     from lowprec.steps.load import Model, load, wrap
-    from lowprec.steps.sensitivity import effects
-    from lowprec.steps.solve import solve_plan
+    from lowprec.steps.sensitivity import effects as sensitivity
+    from lowprec.steps.solve import solve_plan as solve
+    from lowprec.steps.sources import read_sources as sources
     from lowprec.steps.stream import Stream
     from lowprec.steps.verify import verify
 
+# Name -> where it lives; the verbs are the steps of a run, in the words of the report.
 _HOME = {
-    "allocate": "steps.allocate",
-    "ArtifactError": "errors",
-    "Budget": "records",
-    "BudgetError": "errors",
-    "calibrate": "steps.calibrate",
-    "complete": "api",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "effects": "steps.sensitivity",
-    "find_groups": "steps.graph",
-    "frontier": "steps.allocate",
-    "Group": "records",
-    "judge": "steps.judge",
-    "load": "steps.load",
-    "load_artefact": "artifacts.loading",
-    "LowprecError": "errors",
-    "Model": "steps.load",
-    "ModelError": "errors",
-    "optimize": "api",
-    "PrecisionPlan": "records",
-    "Report": "results",
-    "Run": "run",
-    "Scheme": "records",
-    "Settings": "settings",
-    "solve_plan": "steps.solve",
-    "Stream": "steps.stream",
-    "time_shapes": "steps.cost",
-    "UnsupportedError": "errors",
-    "verify": "steps.verify",
-    "Workload": "records",
-    "wrap": "steps.load",
+    "ArtifactError": "errors:ArtifactError",
+    "Budget": "records:Budget",
+    "BudgetError": "errors:BudgetError",
+    "ConfigError": "errors:ConfigError",
+    "DataError": "errors:DataError",
+    "Group": "records:Group",
+    "LowprecError": "errors:LowprecError",
+    "Model": "steps.load:Model",
+    "ModelError": "errors:ModelError",
+    "PrecisionPlan": "records:PrecisionPlan",
+    "Report": "results:Report",
+    "Run": "run:Run",
+    "Scheme": "records:Scheme",
+    "Settings": "settings:Settings",
+    "Stream": "steps.stream:Stream",
+    "UnsupportedError": "errors:UnsupportedError",
+    "Workload": "records:Workload",
+    "allocate": "steps.allocate:allocate",
+    "calibrate": "steps.calibrate:calibrate",
+    "complete": "api:complete",
+    "cost": "steps.cost:time_shapes",
+    "export": "artifacts.compressed_tensors:write_artefact",
+    "frontier": "steps.allocate:frontier",
+    "graph": "steps.graph:find_groups",
+    "judge": "steps.judge:judge",
+    "load": "steps.load:load",
+    "load_artefact": "artifacts.loading:load_artefact",
+    "optimize": "api:optimize",
+    "sensitivity": "steps.sensitivity:effects",
+    "solve": "steps.solve:solve_plan",
+    "sources": "steps.sources:read_sources",
+    "split": "steps.data:split",
+    "verify": "steps.verify:verify",
+    "wrap": "steps.load:wrap",
 }
 
 __all__ = [
@@ -93,15 +100,18 @@ __all__ = [
     "allocate",
     "calibrate",
     "complete",
-    "effects",
-    "find_groups",
+    "cost",
+    "export",
     "frontier",
+    "graph",
     "judge",
     "load",
     "load_artefact",
     "optimize",
-    "solve_plan",
-    "time_shapes",
+    "sensitivity",
+    "solve",
+    "sources",
+    "split",
     "verify",
     "wrap",
 ]
@@ -110,4 +120,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lowprec' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lowprec.{_HOME[name]}"), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(f"lowprec.{module}"), attribute)

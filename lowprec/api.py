@@ -110,9 +110,12 @@ def complete(run: Run) -> Report:
     loaded = proof.export()
     parity = proof.parity(loaded)
     judgement, reused = proof.judge(loaded)
+    artefact = loaded.artefact
+    # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
+    del loaded
     summary = Summary(proof)
-    cost = summary.cost(loaded)
-    report = summary.report(loaded, parity, judgement, reused, cost, pairs)
+    cost = summary.cost(artefact)
+    report = summary.report(artefact, parity, judgement, reused, cost, pairs)
     run.folder.write_text(REPORT_JSON, report_json(report))
     run.folder.write_text(REPORT_HTML, report_html(report))
     return report

@@ -45,15 +45,22 @@ LAYER_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Artefact:
+    """What lies on disk: its place, its codes and scales as read back, its size, and runtimes' limits with it."""
+
+    path: Path
+    solved: Mapping[str, QuantizedWeight]
+    weight_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loaded:
     """The artefact as a runtime loaded it: a stream, and what has to be laid over it."""
 
+    artefact: Artefact
     stream: Stream
     overlay: Overlay
-    solved: Mapping[str, QuantizedWeight]
-    path: Path
-    weight_bytes: int
-    notes: tuple[str, ...]
 
 
 class _Scored(nn.Module):
@@ -104,14 +111,10 @@ class Proof:
             )
             module, _ = load_artefact(path)
         stream = Stream(module, model.forward, run._example(), device=run.settings.calibration_device)
-        return Loaded(
-            stream=stream,
-            overlay=NOTHING,
-            solved=read_back(path),
-            path=path,
-            weight_bytes=written.weight_bytes,
-            notes=written.runtime_notes,
+        artefact = Artefact(
+            path=path, solved=read_back(path), weight_bytes=written.weight_bytes, notes=written.runtime_notes
         )
+        return Loaded(artefact=artefact, stream=stream, overlay=NOTHING)
 
     def _parts(self) -> dict[str, Any]:
         model = self.run.model
@@ -148,14 +151,13 @@ class Proof:
                     solved |= found
         overlay = overlay_of(run.groups, self.schemes, solved, run.calibration)
         saved = round(sum(self.saved(group) for group, _ in self.plan.groups))
-        return Loaded(
-            stream=run.stream,
-            overlay=overlay,
-            solved=solved,
+        artefact = Artefact(
             path=run.folder.path / "solved",
+            solved=solved,
             weight_bytes=self.bytes_before() - saved,
             notes=(reason,),
         )
+        return Loaded(artefact=artefact, stream=run.stream, overlay=overlay)
 
     def saved(self, group: str) -> float:
         """Bytes that quantising the group saves; negative for a tied head, whose codes come on top of the embedding."""
@@ -190,8 +192,8 @@ class Proof:
         """Codes bit for bit, layers within tolerance, and the KL between scored and loaded beside bfloat16's own."""
         run = self.run
         with run.progress.step("parity"):
-            equal = set(loaded.solved) == set(self.solved) and all(
-                _same(self.solved[layer], loaded.solved[layer]) for layer in self.solved
+            equal = set(loaded.artefact.solved) == set(self.solved) and all(
+                _same(self.solved[layer], loaded.artefact.solved[layer]) for layer in self.solved
             )
             some = run.splits.tuning.subset(PARITY_TOKENS).batches(BATCH_TOKENS)
             scored = run_through(run.stream, some, self.scored)
@@ -200,7 +202,7 @@ class Proof:
             few = run.splits.tuning.subset(NOISE_TOKENS).batches(BATCH_TOKENS)
             noisy = Stream(run.model.module, run.model.forward, run._example(), dtype=torch.bfloat16)
             noise = self._kl(run_through(run.stream, few, self.scored), run_through(noisy, few, self.scored), few)
-            worst = self._worst_layer(loaded)
+            worst = self._worst_layer(loaded.artefact.solved)
         return ParityResult(codes_equal=equal, max_layer_error=worst, kl_nats=kl, noise_kl_nats=noise)
 
     def _kl(self, one: Any, other: Any, batches: Sequence[Any]) -> float:
@@ -215,31 +217,37 @@ class Proof:
             total, count = total + float(table[:, -1].sum()), count + float(table[:, 0].sum())
         return max(total, 0.0) / count
 
-    def _worst_layer(self, loaded: Loaded) -> float:
+    def _worst_layer(self, solved: Mapping[str, QuantizedWeight]) -> float:
         """Largest error of a runtime layer on identical inputs, as a share of its format's tolerance."""
         generator = torch.Generator().manual_seed(self.run.settings.seed)
         worst = 0.0
-        with self.converted(loaded.solved) as module:
+        quantised = {layer: scheme for layer, scheme in self.by_layer.items() if scheme.weight is not None}
+        with self._converted(solved, quantised) as module:
             for layer in module.modules():
-                if isinstance(layer, QuantLinear) and layer.scheme.weight is not None:
+                if isinstance(layer, QuantLinear):
                     x = torch.randn(LAYER_ROWS, layer.in_features, generator=generator)
                     worst = max(worst, layer.relative_error(x) / layer.tolerance)
         return worst
 
+    def baseline(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The unquantised model, every layer in the runtime's fastest bfloat16 form; put back afterwards."""
+        return self._converted({}, dict.fromkeys(self.by_layer, BF16))
+
+    def optimised(self, solved: Mapping[str, QuantizedWeight]) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the plan's layers in our runtime; put back afterwards."""
+        return self._converted(solved, self.by_layer)
+
     @contextlib.contextmanager
-    def converted(self, solved: Mapping[str, QuantizedWeight] | None) -> Iterator[nn.Module]:
-        """The model with our runtime's layers in place (all bfloat16 for None), put back afterwards."""
-        run = self.run
-        schemes = self.by_layer if solved is not None else dict.fromkeys(self.by_layer, BF16)
-        originals = {layer: run.model.module.get_submodule(layer) for layer in schemes}
-        table = KernelTable(run.samples)
-        scales = self._input_scales() if solved is not None else {}
+    def _converted(self, solved: Mapping[str, QuantizedWeight], schemes: Mapping[str, Scheme]) -> Iterator[nn.Module]:
+        module = self.run.model.module
+        originals = {layer: module.get_submodule(layer) for layer in schemes}
+        scales = {layer: scale for layer, scale in self._input_scales().items() if layer in solved}
         try:
-            yield convert_(run.model.module, solved or {}, schemes, kernels=table, activation_scales=scales)
+            yield convert_(module, solved, schemes, kernels=KernelTable(self.run.samples), activation_scales=scales)
         finally:
             for layer, original in originals.items():
                 parent, _, child = layer.rpartition(".")
-                setattr(run.model.module.get_submodule(parent), child, original)
+                setattr(module.get_submodule(parent), child, original)
 
     # Verdict
 

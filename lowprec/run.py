@@ -8,14 +8,11 @@ calibration and sensitivity at the block, verification at the mix, the judge at 
 
 import dataclasses
 import json
-import random
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.errors import ConfigError, DataError
@@ -33,8 +30,9 @@ from lowprec.results import CheckedPair, SensitivityResult
 from lowprec.settings import Settings
 from lowprec.steps.allocate import Allocation, Option
 from lowprec.steps.calibrate import Calibration, calibrate
+from lowprec.steps.check import agreement, choose_pairs
 from lowprec.steps.cost import GroupCost, candidates, group_costs, in_unit, time_shapes
-from lowprec.steps.data import Batch, Splits, SplitSizes, TokenSet, split
+from lowprec.steps.data import Batch, Splits, SplitSizes, split
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import output_width
 from lowprec.steps.load import Model
@@ -42,7 +40,7 @@ from lowprec.steps.measure import compare, mean_kl, measure_pairs, run_through
 from lowprec.steps.metrics import Metric, limit_of, metric_of, shown, tuning_loss
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.sensitivity import effects, rows_of
-from lowprec.steps.solve import Rounder, overlay_of, solve_plan, solver_of
+from lowprec.steps.solve import Rounder, overlay_of, solve_plan
 from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Overlay, Stream
 from lowprec.steps.verify import Measured, Verified, verify
@@ -105,7 +103,7 @@ class Run:
         gathered = whole.subset(round(share * whole.tokens))
         self.gather_batches = gathered.batches(BATCH_TOKENS)
         # More and shorter sequences: the prediction's variance falls with their number.
-        self.probe_batches = _shortened(_after(whole, len(gathered)), PROBE_WINDOW).batches(BATCH_TOKENS)
+        self.probe_batches = whole.after(len(gathered)).cut(PROBE_WINDOW).batches(BATCH_TOKENS)
         if not self.probe_batches:
             raise DataError("the calibration text is one single window; give more text")
         self.tuning, self.held_out = self.metric.sets(self.splits)
@@ -119,7 +117,7 @@ class Run:
             "seed": str(self.settings.seed),
             "version": __version__,
         }
-        self.rounder = Rounder(self.stream, self.folder, self.inputs, self.settings.workers)
+        self.rounder = Rounder(self.stream, self.folder, self.inputs, effort.solver, self.settings.workers)
         self.rounder.know(self.groups)
 
     def _split(self) -> Splits:
@@ -164,7 +162,7 @@ class Run:
                 self.groups,
                 [*self.gather_batches, *self.probe_batches],
                 self.outcome,
-                lambda group, statistics: self.rounder.solve_and_keep(group, formats[group.name], statistics),
+                lambda gathered: self.rounder.solve_and_keep(gathered, formats),
                 self.scratch,
                 probing=len(self.probe_batches),
                 progress=step.report,
@@ -201,7 +199,7 @@ class Run:
                     self.settings.seed,
                     step.report,
                 )
-            rows = rows_of(found, self.groups, self.schemes, lambda s: solver_of(s.weight) if s.weight else "none")
+            rows = rows_of(found, self.groups, self.schemes, self.rounder.solver_of)
             self.folder.write_step("sensitivity", rows, self.inputs)
             self.scratch.clear()
         self.predicted = {(row.group, row.scheme): row.predicted_kl_nats for row in rows}
@@ -215,7 +213,8 @@ class Run:
         if stored is not None:
             self.progress.skip("check", "done by an earlier run")
             return stored
-        overlays = {pair: self._overlay({pair[0]: pair[1]}) for pair in self._pairs(effort.checked_pairs)}
+        chosen = choose_pairs(list(self.predicted), effort.checked_pairs, self.settings.seed)
+        overlays = {pair: self.overlay({pair[0]: pair[1]}) for pair in chosen}
         with self.progress.step("check", self.stream.depth, "blocks") as step:
             measured = measure_pairs(
                 self.stream, data.batches(BATCH_TOKENS), overlays, self.metric.divergence, step.report
@@ -232,18 +231,8 @@ class Run:
         self.folder.write_step("check", pairs, inputs)
         return pairs
 
-    def _pairs(self, count: int) -> list[tuple[str, str]]:
-        by_scheme: dict[str, list[tuple[str, str]]] = {}
-        for group, scheme in self.predicted:
-            by_scheme.setdefault(_base(scheme), []).append((group, scheme))
-        generator = random.Random(self.settings.seed)
-        each = max(2, count // max(len(by_scheme), 1))
-        chosen: list[tuple[str, str]] = []
-        for _, found in sorted(by_scheme.items()):
-            chosen += generator.sample(found, min(each, len(found)))
-        return chosen
-
-    def _overlay(self, schemes: Mapping[str, str]) -> Overlay:
+    def overlay(self, schemes: Mapping[str, str]) -> Overlay:
+        """What the model computes with in a mix (group -> scheme; groups left out stay as they are)."""
         named = {g.name: scheme_named(schemes.get(g.name, "bf16")) for g in self.groups}
         return self.rounder.overlay(self.groups, named, self.calibration)
 
@@ -304,7 +293,7 @@ class Run:
             def measure(allocation: Allocation) -> Measured:
                 mix = digest(repr(allocation.schemes))
                 if mix not in measured:
-                    found = self._measure(self._overlay(allocation.scheme_of()))
+                    found = self._measure(self.overlay(allocation.scheme_of()))
                     measured[mix] = MeasuredMix(mix=mix, **dataclasses.asdict(found))
                     self.folder.write_step("measured", tuple(measured.values()), inputs)
                 m = measured[mix]
@@ -318,7 +307,16 @@ class Run:
                 self.settings.effort.rounds,
                 step.report,
             )
+        if not self.verified.accepted:
+            self._say_how_far()
         return self.verified
+
+    def _say_how_far(self) -> None:
+        budget, closest = self.metric.budget, self.verified.chosen.measured
+        self.progress.note(
+            f"no mix is within the budget of {budget.limit:g} on tuning data; the closest has a loss of "
+            f"{shown(budget, closest.loss):.4g}, at most {shown(budget, closest.upper):.4g}. It is written all the same"
+        )
 
     def _measure(self, overlay: Overlay) -> Measured:
         if not hasattr(self, "_reference"):
@@ -341,7 +339,7 @@ class Run:
             workload=settings.workload,
             target=settings.target,
             objective=settings.objective,
-            solver="gptq",
+            solver=settings.effort.solver,
             predicted_loss=shown(self.metric.budget, chosen.predicted),
             predicted_cost=chosen.allocation.cost,
             input_digests=tuple(sorted({**self.inputs, "tuning": self.tuning.digest}.items())),
@@ -405,64 +403,12 @@ class Run:
 
     def sensitivity_result(self, pairs: Sequence[CheckedPair]) -> SensitivityResult:
         """How well the prediction ranks, overall and within each scheme, and adds up."""
-        by_scheme: dict[str, list[CheckedPair]] = {}
-        for pair in pairs:
-            by_scheme.setdefault(_base(pair.scheme), []).append(pair)
         chosen = self.verified.chosen
-        return SensitivityResult(
-            spearman=_spearman(pairs),
-            spearman_within=tuple((name, _spearman(found)) for name, found in sorted(by_scheme.items())),
-            predicted_kl_nats=chosen.allocation.loss,
-            measured_kl_nats=chosen.measured.kl_nats,
-            pairs=tuple(pairs),
-        )
+        return agreement(pairs, chosen.allocation.loss, chosen.measured.kl_nats)
 
     def by_name(self) -> dict[str, Group]:
         """Group name -> group."""
         return {g.name: g for g in self.groups}
-
-
-def _base(scheme: str) -> str:
-    """The scheme without its group size: `w4a16-g64` and `w4a16-g128` are one when they were chosen by K."""
-    stem, _, size = scheme.rpartition("-g")
-    return stem if size.isdigit() else scheme
-
-
-def _spearman(pairs: Sequence[CheckedPair]) -> float:
-    """Rank correlation of predicted and measured KL; 0 where there are too few pairs to rank."""
-    if len(pairs) < 3:
-        return 0.0
-    value = spearmanr([p.predicted_kl_nats for p in pairs], [p.measured_kl_nats for p in pairs]).statistic
-    return float(value) if np.isfinite(value) else 0.0
-
-
-def _after(data: TokenSet, windows: int) -> TokenSet:
-    """The windows of `data` behind the first `windows`."""
-    return dataclasses.replace(
-        data,
-        ids=data.ids[windows:],
-        units=data.units[windows:],
-        sources=data.sources[windows:],
-        documents=data.documents[windows:],
-    )
-
-
-def _shortened(data: TokenSet, length: int) -> TokenSet:
-    """The windows of `data` cut into pieces of `length` tokens; shorter rests are dropped unless a window is one."""
-    pieces = [
-        (window, part)
-        for window, ids in enumerate(data.ids)
-        for part in torch.split(ids, length)
-        if len(part) == length or len(ids) < length
-    ]
-    order = [window for window, _ in pieces]
-    return dataclasses.replace(
-        data,
-        ids=tuple(part for _, part in pieces),
-        units=tuple(data.units[i] for i in order),
-        sources=tuple(data.sources[i] for i in order),
-        documents=tuple(data.documents[i] for i in order),
-    )
 
 
 def peak_memory_bytes() -> int:

@@ -21,6 +21,7 @@ class Effort:
         compensated: round once more after allocation, against the inputs that the rounded model produces.
         rounds: verification rounds at most.
         window: tokens of a window.
+        solver: rounds weights of fewer than 8 bits.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Effort:
     compensated: bool
     rounds: int
     window: int = 256
+    solver: str = "gptq"
 
 
 EFFORTS = {
@@ -40,14 +42,15 @@ EFFORTS = {
     for effort in (
         Effort(
             name="fast",
-            calibration_tokens=20_480,
-            sensitivity_tokens=12_288,
+            calibration_tokens=18_432,
+            sensitivity_tokens=8_192,
             tuning_tokens=16_384,
-            held_out_tokens=41_500,
+            held_out_tokens=40_500,
             checked_pairs=24,
-            checked_tokens=1_024,
+            checked_tokens=512,
             compensated=False,
             rounds=3,
+            solver="gptq-quick",
         ),
         Effort(
             name="balanced",

@@ -10,7 +10,7 @@ import transformers
 
 from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.formats import scheme_named
-from lowprec.proof import Loaded, Proof
+from lowprec.proof import Artefact, Proof
 from lowprec.records import Scheme, Workload
 from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, ParityResult, Report
 from lowprec.run import Run, peak_memory_bytes
@@ -35,14 +35,14 @@ class Summary:
         self.groups = self.run.by_name()
         self.parameters = sum(g.parameters for g in self.run.groups)
 
-    def cost(self, loaded: Loaded) -> CostResult:
+    def cost(self, artefact: Artefact) -> CostResult:
         """Before and after: predicted by the sum over the layers, measured on the whole model where it runs here."""
         run, settings = self.run, self.run.settings
         before = sum(self._unit(run.costs[g.name, "bf16"]) for g in run.groups)
         after = sum(self._unit(run.costs[choice]) for choice in self.proof.plan.groups)
         here = run.target.origin == "measured" and run.model.kind == "decoder"
-        speeds = self._speeds(loaded) if here else None
-        bytes_before, bytes_after = self.proof.bytes_before(), loaded.weight_bytes
+        speeds = self._speeds(artefact) if here else None
+        bytes_before, bytes_after = self.proof.bytes_before(), artefact.weight_bytes
         measured = None if speeds is None else _reduction(speeds, settings.workload)
         if settings.objective == "bytes":
             measured = 1.0 - bytes_after / bytes_before
@@ -84,14 +84,14 @@ class Summary:
         total = sum(stored_bytes(self.groups[name], s, self.run.own_bytes) for name, s in schemes.items())
         return 8.0 * total / self.parameters
 
-    def _speeds(self, loaded: Loaded) -> tuple[tuple[float, float], tuple[float, float]]:
+    def _speeds(self, artefact: Artefact) -> tuple[tuple[float, float], tuple[float, float]]:
         work = self.run.settings.workload
         found = []
         with self.run.progress.step("end to end", 2, "models") as step:
-            for done, solved in enumerate((None, loaded.solved)):
-                with self.proof.converted(solved) as module:
+            for model in (self.proof.baseline(), self.proof.optimised(artefact.solved)):
+                with model as module:
                     found.append(measure_end_to_end(module, work.prompt_tokens, max(work.output_tokens, 1), work.batch))
-                step.report(done + 1, 2)
+                step.report(len(found), 2)
         return found[0], found[1]
 
     def frontier(self) -> tuple[FrontierPoint, ...]:
@@ -117,7 +117,7 @@ class Summary:
 
     def report(
         self,
-        loaded: Loaded,
+        artefact: Artefact,
         parity: ParityResult,
         judgement: Judgement,
         reused: bool,
@@ -126,8 +126,8 @@ class Summary:
     ) -> Report:
         """Everything in one record; also completes the artefact's card with the verdict."""
         run, plan, metric = self.run, self.proof.plan, self.run.metric.budget
-        if loaded.path.name == "model":
-            self.proof.finish(loaded.path, judgement, cost, loaded.notes)
+        if artefact.path.name == "model":
+            self.proof.finish(artefact.path, judgement, cost, artefact.notes)
         return Report(
             model=run.model.name,
             target=run.settings.target if run.target.origin == "measured" else run.target.name,
@@ -151,7 +151,7 @@ class Summary:
             environment=environment(run),
             seconds=run.progress.seconds,
             peak_memory_bytes=peak_memory_bytes(),
-            artefact=str(loaded.path),
+            artefact=str(artefact.path),
         )
 
     def _choice(self, name: str, scheme: str) -> GroupChoice:

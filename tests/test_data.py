@@ -304,3 +304,18 @@ def test_the_offline_default_is_two_sources_large_enough_and_the_same_every_time
     assert len(find_units(documents).members) > 150
     again = list(sources._package_docstrings("numpy"))
     assert [(d.name, d.text) for d in documents if d.name.startswith("numpy/")] == again
+
+
+def test_sets_are_divided_and_cut_without_losing_their_units() -> None:
+    data = TokenSet(
+        ids=(torch.arange(10), torch.arange(4), torch.arange(25)),
+        units=(1, 2, 3),
+        sources=(0, 0, 0),
+        documents=("a", "b", "c"),
+        source_names=("s",),
+    )
+    assert data.after(1).units == (2, 3)
+    cut = data.cut(10)
+    assert [(u, len(ids)) for u, ids in zip(cut.units, cut.ids, strict=True)] == [(1, 10), (2, 4), (3, 10), (3, 10)]
+    assert torch.equal(cut.ids[3], torch.arange(10, 20))
+    assert len(data.subset(11)) == 2

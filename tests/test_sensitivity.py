@@ -1,5 +1,7 @@
 """Calibration and sensitivity: statistics, effects against autograd, prediction against measurement, resume."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def built(module: nn.Module) -> tuple[Stream, tuple[Group, ...]]:
     return stream, find_groups(stream)[0]
 
 
-def no_rounding(group: Group, statistics: LayerStatistics) -> None:
+def no_rounding(gathered: Sequence[tuple[Group, LayerStatistics]]) -> None:
     """Calibration for its statistics alone."""
 
 
@@ -60,7 +62,13 @@ def test_hessian_is_that_of_the_real_tokens(tmp_path: Path) -> None:
     stream, groups = built(tiny.decoder())
     data, found = batches(), {}
     result = calibrate(
-        stream, groups, data, Tokens(), lambda g, s: found.update({g.name: s}), Scratch(tmp_path / "s", "d"), probing=1
+        stream,
+        groups,
+        data,
+        Tokens(),
+        lambda all_: found.update({g.name: s for g, s in all_}),
+        Scratch(tmp_path / "s", "d"),
+        probing=1,
     )
     inputs: dict[str, list[Tensor]] = {}
     model = tiny.decoder().float()
@@ -190,8 +198,8 @@ def test_a_cut_pass_resumes_with_the_same_effects(tmp_path: Path) -> None:
     seen: list[str] = []
     arguments = (stream, groups, [*batches(1), *data], Tokens())
     with pytest.raises(Cut):
-        calibrate(*arguments, lambda g, s: seen.append(g.name), scratch, probing=3, progress=cut)
-    done = calibrate(*arguments, lambda g, s: seen.append(g.name), scratch, probing=3)
+        calibrate(*arguments, lambda all_: seen.extend(g.name for g, _ in all_), scratch, probing=3, progress=cut)
+    done = calibrate(*arguments, lambda all_: seen.extend(g.name for g, _ in all_), scratch, probing=3)
     assert seen == [g.name for g in groups], "no group is calibrated twice"
     schemes = {g.name: SCHEMES for g in groups}
     common = (stream, groups, schemes, data, Tokens(), rtn_errors(stream), done, scratch, 3)
@@ -231,10 +239,8 @@ def test_rounding_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> No
         with RunFolder(tmp_path / str(workers)) as folder:
             rounder = Rounder(stream, folder, {}, workers=workers)
             rounder.know(groups)
-            calibrate(
-                stream, groups, batches(), Tokens(),
-                lambda g, s, r=rounder: r.solve_and_keep(g, ["int4-g64"], s), Scratch(tmp_path / f"s{workers}", "d"),
-            )  # fmt: skip
+            keep = partial(rounder.solve_and_keep, formats={g.name: ["int4-g64"] for g in groups})
+            calibrate(stream, groups, batches(), Tokens(), keep, Scratch(tmp_path / f"s{workers}", "d"))
             found.append({n: rounder.rounded(n, "int4-g64") for g in groups for n in g.layers})
     for layer, weight in found[0].items():
         assert torch.equal(weight.codes, found[1][layer].codes)

@@ -1,7 +1,7 @@
 """Calibration, forwards: one streaming pass that gathers what rounding needs, block by block.
 
 For every group the pass sums the Hessian X^T X of its input over all calibration tokens, notes the input's absolute
-maximum, hands both to `on_group` (which rounds the group's layers), and drops the Hessian: no more than one block's
+maximum, hands both to `on_groups` (which rounds the layers), and drops the Hessian: no more than one block's
 are held. The last `probing` batches add nothing to the statistics; the inputs of each block are kept on disk for them,
 and the backward pass of `lowprec.steps.sensitivity` starts from those. An error that was compensated on some text looks
 smaller on that text than it is.
@@ -29,7 +29,7 @@ from lowprec.steps.stream import Call, Overlay, Stream
 
 STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": LARGEST}
 
-OnGroup = Callable[[Group, LayerStatistics], None]
+OnGroups = Callable[[Sequence[tuple[Group, LayerStatistics]]], None]
 Progress = Callable[[int, int], None]
 
 
@@ -120,7 +120,7 @@ def calibrate(
     groups: Sequence[Group],
     batches: Sequence[Any],
     outcome: Outcome,
-    on_group: OnGroup,
+    on_groups: OnGroups,
     scratch: Scratch,
     probing: int = 0,
     progress: Progress = lambda done, total: None,
@@ -130,10 +130,10 @@ def calibrate(
     """Runs the pass.
 
     Args:
-        on_group: called once for each group, in order, with its statistics; it may add to `overlay`.
+        on_groups: called once for each block, in order, with its groups and their statistics; may add to `overlay`.
         probing: how many of the last batches are kept for the sensitivity instead.
         overlay: what the blocks behind are computed with; rounding that compensates for the layers before it fills
-            this from `on_group`, and each block then runs a second time with it.
+            this from `on_groups`, and each block then runs a second time with it.
         describe: names the text of a batch in an error.
 
     Raises:
@@ -152,8 +152,7 @@ def calibrate(
                 scratch.save(f"input-{index}", hidden[-probing:])
             gather = Gather(stream, inside, len(batches) - probing)
             after = _through(stream, index, hidden, calls, batches, outcome, gather, describe)
-            for group in inside:
-                on_group(group, gather.statistics(group))
+            on_groups([(group, gather.statistics(group)) for group in inside])
             if overlay is not None:
                 after = _through(stream, index, hidden, calls, batches, outcome, None, describe, overlay)
             hidden = after
@@ -167,8 +166,7 @@ def calibrate(
             gather = Gather(stream, outside, len(batches) - probing)
             _outside(stream, hidden, batches, outcome, gather)
             amax |= gather.amax
-            for group in outside:
-                on_group(group, gather.statistics(group))
+            on_groups([(group, gather.statistics(group)) for group in outside])
         if probing and not stream.whole:
             scratch.save(f"input-{stream.depth}", hidden[-probing:])
         progress(stream.depth + 1, stream.depth + 1)

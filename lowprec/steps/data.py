@@ -98,7 +98,7 @@ class Batch:
 
     def mask(self) -> torch.Tensor:
         """[B, T] bool, True at real tokens: the attention mask of models that look to the right."""
-        return torch.arange(self.ids.shape[1]) < self.lengths[:, None]
+        return torch.arange(self.ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,11 +138,24 @@ class TokenSet:
         while held < tokens and count < len(self):
             held += len(self.ids[count])
             count += 1
+        return self._of([(i, self.ids[i]) for i in range(count)])
+
+    def after(self, windows: int) -> "TokenSet":
+        """All but the first `windows` windows."""
+        return self._of([(i, self.ids[i]) for i in range(windows, len(self))])
+
+    def cut(self, length: int) -> "TokenSet":
+        """Every window in pieces of `length` tokens; what is left over is dropped, unless a whole window is shorter."""
+        pieces = [(i, part) for i, ids in enumerate(self.ids) for part in torch.split(ids, length)]
+        return self._of([(i, part) for i, part in pieces if len(part) == min(length, len(self.ids[i]))])
+
+    def _of(self, pieces: Sequence[tuple[int, torch.Tensor]]) -> "TokenSet":
+        """A set of (window that it comes from, ids)."""
         return TokenSet(
-            ids=self.ids[:count],
-            units=self.units[:count],
-            sources=self.sources[:count],
-            documents=self.documents[:count],
+            ids=tuple(ids for _, ids in pieces),
+            units=tuple(self.units[i] for i, _ in pieces),
+            sources=tuple(self.sources[i] for i, _ in pieces),
+            documents=tuple(self.documents[i] for i, _ in pieces),
             source_names=self.source_names,
         )
 

@@ -5,9 +5,12 @@ a time by `lowprec.steps.stream`. Nothing is unpickled; remote code runs only wh
 for a name that is no local path.
 """
 
+import contextlib
+import functools
 import hashlib
+import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,11 +190,11 @@ def _download(name: str) -> Path:
 def _load_gguf(path: Path) -> Model:
     check_gguf(path)
     try:
-        import gguf  # noqa: F401 - transformers needs it, and says so less clearly
+        import gguf
     except ImportError as error:
         raise ConfigError("GGUF files need the package gguf: pip install 'lowprec[gguf]'") from error
     folder, name = str(path.parent), path.name
-    with quiet():
+    with quiet(), _read_once(gguf), contextlib.redirect_stderr(io.StringIO()):
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -211,6 +214,21 @@ def _load_gguf(path: Path) -> Model:
             module.get_submodule(owner)._buffers[leaf] = buffer
     check_config_known(config)
     return _model(module, tokenizer, str(path), decoder=True)
+
+
+@contextlib.contextmanager
+def _read_once(gguf: Any) -> Iterator[None]:
+    """Transformers parses a GGUF header for each of config, tokenizer and weights, and the table of names for each
+    module: half a minute for a small model. Within this context each is parsed once."""
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def check_config_known(config: Any) -> None:

@@ -72,10 +72,11 @@ class TokenMetric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorMetric:
-    """A loss per example of a model without logits."""
+    """A loss per example: a callable's, or half the squared error of the output."""
 
     budget: Budget
     divergence: Compare
+    value: Compare
 
     def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
         """The text's own splits."""
@@ -83,7 +84,7 @@ class VectorMetric:
 
     def compare(self, data: TokenSet) -> Compare:
         """The metric's value per row."""
-        return self.divergence
+        return self.value
 
     def looked(self, table: Tensor, data: TokenSet, batches: Sequence[Any]) -> Looked:
         """One value per window, weighed by its tokens, against a reference of zero."""
@@ -208,12 +209,14 @@ def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
     if model.kind == "decoder":
         if budget.metric.startswith(PREFIX):
             return TaskMetric(budget=budget, questions=load_task(budget.metric), tokenizer=model.tokenizer, seed=seed)
+        if budget.metric not in DECODER_METRICS and model.metric is not None:
+            by = compare_vectors(model.metric)
+            return VectorMetric(budget=replace(budget, kind="absolute"), divergence=compare_tokens, value=by)
         if budget.metric not in DECODER_METRICS:
             raise ConfigError(f"unknown metric {budget.metric!r}: {closest(budget.metric, DECODER_METRICS)}")
         return TokenMetric(budget=budget)
     if budget.metric in DECODER_METRICS or budget.metric.startswith(PREFIX):
         raise ConfigError(f"{model.name} has no logits, so no {budget.metric}: use the metric 'cosine' or your own")
-    if budget.kind != "absolute":
-        # The reference's own value is 0, so no share of it exists; the number is meant as the difference.
-        budget = replace(budget, kind="absolute")
-    return VectorMetric(budget=budget, divergence=compare_vectors(model.metric))
+    by = compare_vectors(model.metric)
+    # The reference's own value is 0, so no share of it exists; the number is meant as the difference.
+    return VectorMetric(budget=replace(budget, kind="absolute"), divergence=by, value=by)

@@ -305,7 +305,7 @@ def _stored_rows(scratch: Scratch, index: int) -> list[Row]:
 
 
 def rows_of(
-    found: Effects, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], solver: Callable[[Scheme], str]
+    found: Effects, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], solver_of: Callable[[str], str]
 ) -> tuple[SensitivityRow, ...]:
     """The table of (group, scheme) that sensitivity.json holds."""
     table = []
@@ -316,7 +316,7 @@ def rows_of(
                 SensitivityRow(
                     group=group.name,
                     scheme=scheme.name,
-                    solver=solver(scheme),
+                    solver=solver_of(scheme.weight) if scheme.weight else "none",
                     predicted_kl_nats=kl,
                     measured_kl_nats=None,
                     stderr=stderr,

@@ -24,15 +24,15 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.steps.calibrate import Calibration, Progress, calibrate
-from lowprec.steps.linear import weight_of
+from lowprec.steps.linear import output_width, weight_of
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Overlay, Override, Stream
 
+Wanted = tuple[Group, str, LayerStatistics | None]
+"""(group, weight format, statistics) to round."""
 
-def solver_of(fmt: str) -> str:
-    """Formats of 4 bits are worth an error-compensating solver; at 8 bits plain rounding is as good as lossless."""
-    return "gptq" if WEIGHT_FORMATS[fmt].bits < 8 else "rtn"
+ROWS_OF_A_JOB = 2048
 
 
 class Rounder:
@@ -42,54 +42,85 @@ class Rounder:
         stream: the model.
         folder: where solved groups are kept; their files name `inputs`.
         inputs: digests of what the rounding depends on.
-        workers: threads that round layers side by side.
+        solver: name of the solver for formats of fewer than 8 bits.
+        workers: threads that round side by side.
     """
 
-    def __init__(self, stream: Stream, folder: RunFolder, inputs: Mapping[str, str], workers: int = 2) -> None:
+    def __init__(
+        self, stream: Stream, folder: RunFolder, inputs: Mapping[str, str], solver: str = "gptq", workers: int = 2
+    ) -> None:
         self._stream, self._folder, self._inputs = stream, folder, dict(inputs)
-        self._workers = workers
+        self._solver, self._workers = solver, workers
         self._group_of: dict[str, str] = {}
 
     def know(self, groups: Sequence[Group]) -> None:
         """Tells which group each layer is in."""
         self._group_of |= {layer: group.name for group in groups for layer in group.layers}
 
-    def solve(
-        self, group: Group, formats: Sequence[str], statistics: LayerStatistics
-    ) -> dict[str, dict[str, QuantizedWeight]]:
-        """Rounds every layer of `group` in every format: format -> layer -> codes and scales."""
-        jobs = [(fmt, layer) for fmt in formats for layer in group.layers]
+    def solver_of(self, fmt: str) -> str:
+        """Formats of few bits are worth an error-compensating solver; at 8 bits plain rounding is nearly lossless."""
+        return self._solver if WEIGHT_FORMATS[fmt].bits < 8 else "rtn"
+
+    def solve(self, wanted: Sequence[Wanted]) -> list[dict[str, QuantizedWeight]]:
+        """Rounds each (group, format, statistics): layer -> codes and scales.
+
+        Rows do not depend on each other: a group's layers are stacked, and cut into slices that are rounded side by
+        side, so that neither small layers nor a large head leave a worker idle.
+        """
+        stacked = [torch.cat([self._weight(layer) for layer in group.layers]) for group, _, _ in wanted]
+        jobs = [(i, start) for i, w in enumerate(stacked) for start in range(0, len(w), ROWS_OF_A_JOB)]
+
+        def run(job: tuple[int, int]) -> QuantizedWeight:
+            (_, fmt, statistics), (index, start) = wanted[job[0]], job
+            rows = stacked[index][start : start + ROWS_OF_A_JOB]
+            return SOLVERS[self.solver_of(fmt)].solve(rows, WEIGHT_FORMATS[fmt], statistics)
+
         threads = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                solved = list(pool.map(lambda job: self._solve(job[1], job[0], statistics), jobs))
+                parts = list(pool.map(run, jobs))
         finally:
             torch.set_num_threads(threads)
-        found: dict[str, dict[str, QuantizedWeight]] = {}
-        for (fmt, layer), weight in zip(jobs, solved, strict=True):
-            found.setdefault(fmt, {})[layer] = weight
-        return found
+        return [
+            self._layers(group, fmt, [part for (i, _), part in zip(jobs, parts, strict=True) if i == index])
+            for index, (group, fmt, _) in enumerate(wanted)
+        ]
 
-    def solve_and_keep(self, group: Group, formats: Sequence[str], statistics: LayerStatistics) -> None:
-        """Rounds the group in those formats whose solver needs statistics and that are not on disk yet."""
+    def _layers(self, group: Group, fmt: str, parts: Sequence[QuantizedWeight]) -> dict[str, QuantizedWeight]:
+        """Undoes the stacking."""
+        widths = [output_width(self._stream.layers[layer]) for layer in group.layers]
+        codes = torch.cat([p.codes.view(torch.uint8) for p in parts]).view(parts[0].codes.dtype)
+        scales = torch.cat([p.scale for p in parts])
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        return {
+            layer: QuantizedWeight(
+                format=fmt, codes=codes[start : start + n].clone(), scale=scales[start : start + n].clone()
+            )
+            for layer, start, n in zip(group.layers, starts, widths, strict=True)
+        }
+
+    def solve_and_keep(
+        self, gathered: Sequence[tuple[Group, LayerStatistics]], formats: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Rounds the groups in those formats whose solver needs statistics and that are not on disk yet."""
         wanted = [
-            fmt
-            for fmt in formats
-            if SOLVERS[solver_of(fmt)].needs_statistics
+            (group, fmt, statistics)
+            for group, statistics in gathered
+            for fmt in formats[group.name]
+            if SOLVERS[self.solver_of(fmt)].needs_statistics
             and self._folder.read_solved(f"{group.name}@{fmt}", self._inputs) is None
         ]
-        for fmt, weights in self.solve(group, wanted, statistics).items():
+        for (group, fmt, _), weights in zip(wanted, self.solve(wanted), strict=True):
             self._folder.write_solved(f"{group.name}@{fmt}", weights, self._inputs)
 
-    def _solve(self, layer: str, fmt: str, statistics: LayerStatistics | None) -> QuantizedWeight:
-        solver = SOLVERS[solver_of(fmt)]
-        weight = weight_of(self._stream.layers[layer]).float()
-        return solver.solve(weight, WEIGHT_FORMATS[fmt], statistics if solver.needs_statistics else None)
+    def _weight(self, layer: str) -> Tensor:
+        return weight_of(self._stream.layers[layer]).float()
 
     def rounded(self, layer: str, fmt: str) -> QuantizedWeight:
         """The layer in `fmt` as calibration rounded it."""
-        if not SOLVERS[solver_of(fmt)].needs_statistics:
-            return self._solve(layer, fmt, None)
+        solver = SOLVERS[self.solver_of(fmt)]
+        if not solver.needs_statistics:
+            return solver.solve(self._weight(layer), WEIGHT_FORMATS[fmt], None)
         key = f"{self._group_of[layer]}@{fmt}"
         solved = self._folder.read_solved(key, self._inputs)
         if solved is None:
@@ -98,7 +129,7 @@ class Rounder:
 
     def errors(self, layer: str, formats: Sequence[str]) -> Tensor:
         """[formats, N, K]: what rounding changed of the layer's weight."""
-        weight = weight_of(self._stream.layers[layer]).float()
+        weight = self._weight(layer)
         return torch.stack([self.rounded(layer, fmt).dequantize() - weight for fmt in formats])
 
     def overlay(
@@ -106,13 +137,13 @@ class Rounder:
     ) -> dict[str, Override]:
         """What the model computes with when `schemes` (group -> scheme) hold, rounded as calibration did."""
         return {
-            layer: override(schemes[group.name], calibration, group.name, self._weight(layer, schemes[group.name]))
+            layer: override(schemes[group.name], calibration, group.name, self._dequantised(layer, schemes[group.name]))
             for group in groups
             if schemes[group.name].name != "bf16"
             for layer in group.layers
         }
 
-    def _weight(self, layer: str, scheme: Scheme) -> Callable[[], Tensor] | None:
+    def _dequantised(self, layer: str, scheme: Scheme) -> Callable[[], Tensor] | None:
         fmt = scheme.weight
         return None if fmt is None else lambda: self.rounded(layer, fmt).dequantize()
 
@@ -140,16 +171,16 @@ def solve_plan(
     solved: dict[str, QuantizedWeight] = {}
     overlay: dict[str, Override] = {}
 
-    def on_group(group: Group, statistics: LayerStatistics) -> None:
-        scheme = schemes[group.name]
-        if scheme.weight is None:
-            return
-        kept = folder.read_solved(group.name, inputs)
-        if kept is None:
-            kept = rounder.solve(group, [scheme.weight], statistics)[scheme.weight]
-            folder.write_solved(group.name, kept, inputs)
-        solved.update(kept)
-        overlay.update(overlay_of([group], schemes, kept, calibration))
+    def on_groups(gathered: Sequence[tuple[Group, LayerStatistics]]) -> None:
+        wanted = [
+            (group, fmt, statistics)
+            for group, statistics in gathered
+            if (fmt := schemes[group.name].weight) is not None and group.layers[0] not in solved
+        ]
+        for (group, _, _), found in zip(wanted, rounder.solve(wanted), strict=True):
+            folder.write_solved(group.name, found, inputs)
+            solved.update(found)
+            overlay.update(overlay_of([group], schemes, found, calibration))
 
     # A pass that was cut starts again from its hidden states; what lies before them is read back from the folder.
     for group in groups:
@@ -157,7 +188,7 @@ def solve_plan(
         if kept is not None and schemes[group.name].weight is not None:
             solved.update(kept)
             overlay.update(overlay_of([group], schemes, kept, calibration))
-    calibrate(stream, groups, batches, outcome, on_group, scratch, progress=progress, overlay=overlay)
+    calibrate(stream, groups, batches, outcome, on_groups, scratch, progress=progress, overlay=overlay)
     return solved
 
 

@@ -15,6 +15,7 @@ block; everything works, only without the saving.
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ class Stream:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.module = module.eval()
-        self.forward = forward
         self.device = torch.device(device)
+        self.forward: Forward = lambda module, batch: forward(module, moved(batch, self.device))
         self.dtype = dtype
         self.layers = linear_layers(module)
         self._names = {layer: name for name, layer in self.layers.items()}
@@ -266,7 +267,7 @@ class Stream:
         if self._list is None:
             return self.forward(self.module, hidden)
         args, kwargs = call
-        out = self._list[index](hidden, *args, **kwargs)
+        out = self._list[index](hidden.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def leave(self, hidden: Any, batch: Any) -> Tensor:
@@ -275,6 +276,18 @@ class Stream:
             return torch.as_tensor(hidden)
         with self._stubs(hidden, stop_at=None):
             return self.forward(self.module, batch)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`: a tensor, a mapping, or a dataclass that holds tensors."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changed = {f.name: moved(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **changed)
+    return batch
 
 
 def _run_in_order(calls: list[list[tuple[int, int]]]) -> bool:

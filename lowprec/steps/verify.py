@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lowprec.steps.allocate import Allocation, Option, allocate
 
 FIRST_RATIO = 0.8
-FIRST_MARGIN = 0.15
+FIRST_MARGIN = 0.25
 ENOUGH_USED = 0.8
 STEP_BACK = 0.95
 

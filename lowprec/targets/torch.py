@@ -25,7 +25,7 @@ from lowprec.targets.base import TARGETS, Progress, unfit, weight_bytes
 from lowprec_kernels.kernel import registered
 
 OP = "linear"
-END_TO_END_SECONDS = 12.0
+END_TO_END_SECONDS = 8.0
 REPEATS = 5
 
 

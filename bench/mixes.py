@@ -1,0 +1,178 @@
+"""Mixes against uniform schemes and random mixes, and predicted against measured KL, on text that no decision saw.
+
+    python bench/mixes.py MODEL [--objective bytes] [--tokens 8192] [--out .bench]
+
+For every uniform scheme, the allocation is asked for the mix of least predicted loss that costs no more; one more mix
+costs no more than the cheapest of 20 random ones. Each is measured on held-out text (which no verdict of this folder
+uses), paired window by window, with a bound on the difference from a bootstrap over units. Prints a table, and writes
+JSON beside it with the machine and versions. Exit code 1 when a mix is worse beyond noise than what it must beat.
+"""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from lowprec.artifacts.folder import RunFolder, canonical_json
+from lowprec.formats import resolve, scheme_named
+from lowprec.report import RunProgress
+from lowprec.run import BATCH_TOKENS, Run
+from lowprec.settings import Settings, effort_named
+from lowprec.steps.allocate import Option, allocate
+from lowprec.steps.judge import ratio_bounds
+from lowprec.steps.load import load
+from lowprec.steps.measure import compare, compare_tokens, paired, run_through
+from lowprec.steps.scores import PairedScores, mean_kl, perplexity_increase
+from lowprec.summary import environment
+
+UNIFORM = ("w4a16", "w8a16", "w8a8-int8", "w8a8-fp8", "w4a8-int8")
+RANDOM_MIXES = 20
+CONFIDENCE = 0.975
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured mix; `beats` and `upper` tell how it compares with the row it must not be worse than."""
+
+    name: str
+    cost: float
+    predicted_kl_nats: float
+    measured_kl_nats: float
+    perplexity_increase: float
+    against: str | None = None
+    difference_upper_nats: float | None = None
+
+
+class Bench:
+    """A calibrated run, and measurements of mixes on its unread text."""
+
+    def __init__(self, run: Run, tokens: int) -> None:
+        self.run = run
+        self.options = run.options()
+        self.names = [g.name for g in run.groups]
+        self.data = run.splits.held_out[-1].subset(tokens)
+        self.batches = self.data.batches(BATCH_TOKENS)
+        self.reference = run_through(run.stream, self.batches)
+        self.scores: dict[str, PairedScores] = {}
+        self.rows: dict[str, Row] = {}
+
+    def uniform(self, scheme: str) -> dict[str, str]:
+        """Every group in `scheme`, the group size settled for each."""
+        return {g.name: resolve(scheme_named(scheme), g.k).name for g in self.run.groups}
+
+    def randomised(self, generator: random.Random) -> dict[str, str]:
+        """A scheme for each group, drawn from those that the target runs."""
+        return {name: generator.choice(self.options[name]).scheme for name in self.names}
+
+    def total(self, mix: dict[str, str], field: str) -> float:
+        """Sum of the predicted `loss` or the `cost` of a mix."""
+        return sum(next(getattr(o, field) for o in self.options[g] if o.scheme == s) for g, s in mix.items())
+
+    def best_within(self, cost: float) -> dict[str, str]:
+        """The mix of least predicted loss that costs no more: the same knapsack with the two quantities exchanged."""
+        swapped = {
+            g: [Option(scheme=o.scheme, loss=o.cost, cost=o.loss) for o in found] for g, found in self.options.items()
+        }
+        return allocate(self.names, swapped, cost).scheme_of()
+
+    def measure(self, name: str, mix: dict[str, str], against: str | None = None) -> Row:
+        """Measures a mix; `against` names the measured row that it must not be worse than."""
+        candidate = run_through(self.run.stream, self.batches, self.run.overlay(mix))
+        table = compare(self.reference, [candidate], self.batches, compare_tokens)[0]
+        scores = self.scores[name] = paired(table, self.data, self.batches)
+        upper = None
+        if against is not None:
+            other = self.scores[against]
+            units, place = np.unique(scores.unit, return_inverse=True)
+            difference = np.bincount(place, scores.kl - other.kl, len(units))
+            upper = ratio_bounds(difference, np.bincount(place, scores.tokens, len(units)), CONFIDENCE).upper
+        row = Row(
+            name=name,
+            cost=self.total(mix, "cost"),
+            predicted_kl_nats=self.total(mix, "loss"),
+            measured_kl_nats=mean_kl(scores),
+            perplexity_increase=perplexity_increase(scores),
+            against=against,
+            difference_upper_nats=upper,
+        )
+        self.rows[name] = row
+        return row
+
+
+def collect(bench: Bench, seed: int) -> None:
+    """All rows of the table."""
+    for scheme in UNIFORM:
+        uniform = bench.uniform(scheme)
+        bench.measure(f"uniform {scheme}", uniform)
+        mix = bench.best_within(bench.total(uniform, "cost"))
+        bench.measure(f"mix at the cost of {scheme}", mix, f"uniform {scheme}")
+    generator = random.Random(seed)
+    drawn = [bench.randomised(generator) for _ in range(RANDOM_MIXES)]
+    for number, mix in enumerate(drawn):
+        bench.measure(f"random {number + 1}", mix)
+    cheapest = min(bench.total(mix, "cost") for mix in drawn)
+    best = min((bench.rows[f"random {i + 1}"] for i in range(len(drawn))), key=lambda r: r.measured_kl_nats)
+    bench.measure("mix at the cost of the cheapest random one", bench.best_within(cheapest), best.name)
+
+
+def printed(rows: list[Row], objective: str) -> Table:
+    """The table for people."""
+    table = Table(title=f"Measured on text that no decision saw; cost: {objective}")
+    for column in ("mix", "cost", "predicted KL", "measured KL", "ratio", "perplexity", "against", "KL difference <"):
+        table.add_column(column, justify="left" if column in ("mix", "against") else "right")
+    for row in rows:
+        upper = "" if row.difference_upper_nats is None else f"{row.difference_upper_nats:+.4f}"
+        table.add_row(
+            row.name, f"{row.cost:.4g}", f"{row.predicted_kl_nats:.4f}", f"{row.measured_kl_nats:.4f}",
+            f"{row.predicted_kl_nats / row.measured_kl_nats:.2f}", f"{row.perplexity_increase:+.2%}",
+            row.against or "", upper,
+        )  # fmt: skip
+    return table
+
+
+def main(
+    model: str,
+    objective: str = "bytes",
+    tokens: int = 8192,
+    effort: str = "fast",
+    seed: int = 0,
+    out: Annotated[Path, typer.Option()] = Path(".bench"),
+    results: Annotated[Path, typer.Option()] = Path("bench/results/mixes.json"),
+) -> None:
+    """Measures and prints."""
+    settings = Settings(out=out, effort=effort_named(effort), objective=objective, seed=seed)  # type: ignore[arg-type]
+    with RunFolder(out) as folder, RunProgress() as progress:
+        run = Run(load(model), settings, folder, progress)
+        run.prepare()
+        run.calibrate()
+        run.sensitivity()
+        run.cost()
+        bench = Bench(run, tokens)
+        with progress.step("mixes"):
+            collect(bench, seed)
+    rows = list(bench.rows.values())
+    Console(width=160).print(printed(rows, objective))
+    rank = float(spearmanr([r.predicted_kl_nats for r in rows], [r.measured_kl_nats for r in rows]).statistic)
+    worse = [r.name for r in rows if r.against and r.measured_kl_nats > bench.rows[r.against].measured_kl_nats]
+    record = {
+        "rows": [dataclasses.asdict(r) for r in rows],
+        "spearman_of_mixes": rank,
+        "tokens": bench.data.tokens,
+        "objective": objective,
+        "environment": environment(run),
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(canonical_json(record))
+    Console().print(f"Spearman over mixes {rank:.3f}; worse than what they must beat: {worse or 'none'}")
+    sys.exit(1 if worse else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
