@@ -294,6 +294,7 @@ def false_within(planned_looks: int, units: int, median: float, tail: float, spr
     return wrong / RUNS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("looks", "units", "median", "tail", "spread"),
     [
@@ -311,6 +312,7 @@ def test_a_loss_equal_to_the_budget_is_rarely_called_within(
     assert rate > 0.002  # a judge that never says within would pass every such test
 
 
+@pytest.mark.slow
 def test_proportion_bounds_cover() -> None:
     generator = np.random.default_rng(3)
     runs, count, base, drop = 2_000, 150, 0.6, 0.05
