@@ -33,7 +33,7 @@ unit: $(VENV)/.installed
 test: lint $(DEMO)/model.gguf
 	bash ci/browser.sh
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m slow
 
 clean:
 	rm -rf $(DEMO) build *.egg-info

@@ -285,7 +285,10 @@ class Run:
 
     def verify(self) -> Verified:
         """Finds the cheapest mix within the budget on tuning data."""
-        inputs = self.inputs | {"tuning": self.tuning.digest, "metric": self.settings.budget.metric}
+        inputs = self.inputs | {
+            "tuning": self.tuning.digest,
+            "metric": repr((self.metric.budget.metric, self.metric.budget.confidence)),
+        }
         known: tuple[MeasuredMix, ...] = self.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
         measured = {m.mix: m for m in known}
         with self.progress.step("verify", unit="rounds") as step:
