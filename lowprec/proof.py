@@ -150,7 +150,7 @@ class Proof:
                 if found is not None:
                     solved |= found
         overlay = overlay_of(run.groups, self.schemes, solved, run.calibration)
-        saved = round(sum(self.saved(group) for group, _ in self.plan.groups))
+        saved = round(sum(self.saved(*choice) for choice in self.plan.groups))
         artefact = Artefact(
             path=run.folder.path / "solved",
             solved=solved,
@@ -159,10 +159,9 @@ class Proof:
         )
         return Loaded(artefact=artefact, stream=run.stream, overlay=overlay)
 
-    def saved(self, group: str) -> float:
-        """Bytes that quantising the group saves; negative for a tied head, whose codes come on top of the embedding."""
-        costs = self.run.costs
-        return costs[group, "bf16"].bytes - costs[group, self.schemes[group].name].bytes
+    def saved(self, group: str, scheme: str) -> float:
+        """Bytes that `scheme` saves; negative for a tied head, whose codes come on top of the embedding."""
+        return self.run.costs[group, "bf16"].bytes - self.run.costs[group, scheme].bytes
 
     def bytes_before(self) -> int:
         """Bytes of the model as it was loaded."""

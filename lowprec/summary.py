@@ -110,10 +110,18 @@ class Summary:
                     predicted_loss=shown(run.metric.budget, mix.loss * ratio),
                     cost=mix.cost * self._scale(),
                     effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
-                    bytes=round(sum(run.costs[choice].bytes for choice in mix.schemes)),
+                    bytes=self.proof.bytes_before() - round(sum(self.proof.saved(*choice) for choice in mix.schemes)),
+                    scheme_shares=self._scheme_shares(mix.schemes),
                 )
             )
         return tuple(points)
+
+    def _scheme_shares(self, schemes: Sequence[tuple[str, str]]) -> tuple[tuple[str, float], ...]:
+        """Scheme -> share of the linear layers' parameters."""
+        shares: dict[str, float] = {}
+        for name, scheme in schemes:
+            shares[scheme] = shares.get(scheme, 0.0) + self.groups[name].parameters / self.parameters
+        return tuple(sorted(shares.items()))
 
     def report(
         self,
