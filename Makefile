@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := .demo
 WORKERS ?= 2
+# As many test processes as cores, so each has one thread for arithmetic.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test unit lint install clean
 
@@ -28,12 +30,12 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m "not slow"
 
 test: lint $(DEMO)/model.gguf
 	bash ci/browser.sh
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m slow
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --dist loadfile -m slow
 
 clean:
 	rm -rf $(DEMO) build *.egg-info
