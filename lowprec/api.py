@@ -2,8 +2,8 @@
 
 report = lowprec.optimize("path/to/model", budget="5%", out="D")
 
-run = lowprec.open_run(lowprec.load("path/to/model"), settings, folder, progress)
-run.calibrate(); run.sensitivity(); run.cost(); run.verify(); plan = run.plan(); solved = run.solve(plan)
+model = lowprec.wrap(module, forward, tokenizer=tokenizer, metric=metric)  # any nn.Module of yours
+report = lowprec.optimize(model, budget="0.01 abs", out="D")
 """
 
 import dataclasses
@@ -13,16 +13,20 @@ from pathlib import Path
 import psutil
 
 from lowprec.artifacts.folder import RunFolder, require_space
+from lowprec.economics import price_of
 from lowprec.errors import UnsupportedError
 from lowprec.estimate import Estimate, estimate
+from lowprec.formats import schemes_named
 from lowprec.proof import Proof
 from lowprec.records import Budget, Objective, Workload
 from lowprec.report import RunProgress, report_html, report_json
-from lowprec.results import Report
+from lowprec.results import ParityResult, Report
 from lowprec.run import Run
 from lowprec.settings import Effort, Settings, effort_named, parse_budget
+from lowprec.steps.judge import Judgement
 from lowprec.steps.load import Model, load, wrap
 from lowprec.summary import Summary
+from lowprec.targets import target_for
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
@@ -67,6 +71,10 @@ def optimize(
     # What is asked for is checked before anything heavy begins.
     if not isinstance(budget, Budget):
         parse_budget(budget)
+    target_for(target, None if device == "cpu" else device)
+    schemes_named(schemes)
+    if objective == "dollars":
+        price_of(device, dollars_per_hour)
     asked = Settings(
         out=Path(out),
         target=target,
@@ -110,6 +118,7 @@ def complete(run: Run) -> Report:
     loaded = proof.export()
     parity = proof.parity(loaded)
     judgement, reused = proof.judge(loaded)
+    judgement = held_back(judgement, parity)
     artefact = loaded.artefact
     # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
     del loaded
@@ -119,6 +128,14 @@ def complete(run: Run) -> Report:
     run.folder.write_text(REPORT_JSON, report_json(report))
     run.folder.write_text(REPORT_HTML, report_html(report))
     return report
+
+
+def held_back(judgement: Judgement, parity: ParityResult) -> Judgement:
+    """No verdict of `within` for an artefact that is not what was scored."""
+    if parity.holds or judgement.verdict != "within":
+        return judgement
+    reason = f"what was loaded is not what was scored ({parity}); {judgement.reason}"
+    return dataclasses.replace(judgement, verdict="inconclusive", reason=reason)
 
 
 def require_fit(run: Run) -> Estimate:

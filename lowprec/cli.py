@@ -7,17 +7,16 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from lowprec.errors import ConfigError, LowprecError
-from lowprec.records import Objective, Workload
+from lowprec.errors import LowprecError
+from lowprec.records import Workload
 from lowprec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-OBJECTIVES: tuple[Objective, ...] = ("time", "bytes", "dollars")
 
 
 def _show_version(value: bool) -> None:
@@ -58,7 +57,10 @@ def calibrate(
     workers: Annotated[int, typer.Option(help="Threads that round layers; no effect on results.")] = 2,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
-    """Measure a model, choose a scheme for each layer within the loss budget, prove it and write it."""
+    """Measure a model, choose a scheme for each layer within the loss budget, prove it and write it.
+
+    --debug anywhere shows tracebacks.
+    """
     # Heavy imports come after the arguments were understood, so that --help answers at once.
     from lowprec.api import REPORT_HTML, optimize
     from lowprec.report import RunProgress, print_summary
@@ -66,8 +68,6 @@ def calibrate(
 
     _quiet_libraries()
     chosen: Any = objective
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"unknown objective {objective!r}: known: {', '.join(OBJECTIVES)}")
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     with RunProgress() as progress:
         report = optimize(
@@ -106,8 +106,16 @@ def main() -> None:
     except LowprecError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        _complain(str(error))
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"{type(error).__name__}: {error}. This is a bug of lowprec; --debug shows where")
+
+
+def _complain(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+    sys.exit(2)
 
 
 def _escape(text: str) -> str:

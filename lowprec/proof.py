@@ -33,6 +33,7 @@ from lowprec.runtime.dispatch import KernelTable
 from lowprec.runtime.linear import QuantLinear
 from lowprec.steps.data import Batch, TokenSet
 from lowprec.steps.judge import Judgement, Looked, judge
+from lowprec.steps.ledger import Ledger
 from lowprec.steps.measure import compare, run_through
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import NOTHING, Overlay, Stream
@@ -110,7 +111,7 @@ class Proof:
                 finish=lambda folder: self.finish(folder, None, None, ()),
             )
             module, _ = load_artefact(path)
-        stream = Stream(module, model.forward, run._example(), device=run.settings.calibration_device)
+        stream = Stream(module, model.forward, run.example(), device=run.settings.calibration_device)
         artefact = Artefact(
             path=path, solved=read_back(path), weight_bytes=written.weight_bytes, notes=written.runtime_notes
         )
@@ -143,12 +144,8 @@ class Proof:
         run = self.run
         run.progress.note(f"no compressed-tensors checkpoint is written: {reason}")
         solved: dict[str, QuantizedWeight] = {}
-        inputs = run.inputs | {"plan": digest(repr(self.plan.groups))}
         for group in run.groups:
-            for compensated in ("yes", "no"):
-                found = run.folder.read_solved(group.name, inputs | {"compensated": compensated})
-                if found is not None:
-                    solved |= found
+            solved |= run.folder.read_solved(group.name, run.solved_inputs) or {}
         overlay = overlay_of(run.groups, self.schemes, solved, run.calibration)
         saved = round(sum(self.saved(*choice) for choice in self.plan.groups))
         artefact = Artefact(
@@ -199,7 +196,7 @@ class Proof:
             other = run_through(loaded.stream, some, loaded.overlay)
             kl = self._kl(scored, other, some)
             few = run.splits.tuning.subset(NOISE_TOKENS).batches(BATCH_TOKENS)
-            noisy = Stream(run.model.module, run.model.forward, run._example(), dtype=torch.bfloat16)
+            noisy = Stream(run.model.module, run.model.forward, run.example(), run.stream.device, torch.bfloat16)
             noise = self._kl(run_through(run.stream, few, self.scored), run_through(noisy, few, self.scored), few)
             worst = self._worst_layer(loaded.artefact.solved)
         return ParityResult(codes_equal=equal, max_layer_error=worst, kl_nats=kl, noise_kl_nats=noise)
@@ -251,7 +248,7 @@ class Proof:
     # Verdict
 
     def judge(self, loaded: Loaded) -> tuple[Judgement, bool]:
-        """The verdict on the loaded artefact, and whether its data had been looked at for another plan before."""
+        """The verdict on the loaded artefact, and whether its text had been read before for another purpose."""
         run = self.run
         looks, reused = self._unread()
         taken: list[Looked] = []
@@ -269,26 +266,27 @@ class Proof:
         return judgement, reused
 
     def _unread(self) -> tuple[list[TokenSet], bool]:
-        """Held-out sets that no other plan was judged on; all of them, marked reused, when there are none."""
-        mine = self._identity()
-        ledger: dict[str, str] = self.run.folder.read_step("looked", None) or {}
-        fresh = [data for data in self.run.held_out if ledger.get(data.digest, mine) == mine]
+        """Held-out sets no window of which was read for another purpose; all, marked reused, when there are none."""
+        ledger = Ledger(self.run.folder)
+        ledger.note(self.run.splits.calibration, "decisions")
+        ledger.note(self.run.tuning, "decisions")
+        fresh = [data for data in self.run.held_out if ledger.unread(data, self._purpose())]
         return (fresh, False) if fresh else (list(self.run.held_out), True)
 
-    def _identity(self) -> str:
-        return digest(repr(self.plan.groups), *self.run.inputs.values(), self.run.settings.budget.metric)
+    def _purpose(self) -> str:
+        """What a look is for: this artefact, this budget."""
+        run = self.run
+        return digest(run.solved_inputs["codes"], repr(self.plan.groups), run.metric_key, repr(run.metric.budget))
 
     def _look(self, loaded: Loaded, data: TokenSet) -> Looked:
         run = self.run
-        inputs = {"plan": self._identity(), "data": data.digest}
+        inputs = {"artefact": run.solved_inputs["codes"], "metric": run.metric_key, "data": data.digest, **run.inputs}
         name = f"look-{data.digest}"
         batches = data.batches(BATCH_TOKENS)
         stored = run.folder.read_step(name, inputs)
+        # Written before the data is seen, so that a run killed after the look cannot pass for unread.
+        Ledger(run.folder).note(data, self._purpose())
         if stored is None:
-            # Written before the data is seen, so that a run killed after the look cannot pass for unread.
-            ledger: dict[str, str] = run.folder.read_step("looked", None) or {}
-            ledger.setdefault(data.digest, self._identity())
-            run.folder.write_step("looked", ledger, {})
             with run.progress.step("judge", 2 * run.stream.depth, "blocks") as step:
                 depth = run.stream.depth
                 reference = run_through(run.stream, batches, progress=lambda d, _: step.report(d, 2 * depth))

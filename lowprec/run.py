@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.errors import ConfigError, DataError
-from lowprec.formats import SCHEMES, QuantizedWeight, scheme_named, schemes_of_family
+from lowprec.formats import QuantizedWeight, scheme_named, schemes_named
 from lowprec.records import (
     CostSample,
     Group,
@@ -88,7 +89,7 @@ class Run:
             self.splits = self._split()
         with self.progress.step("graph"):
             self.stream = Stream(
-                self.model.module, self.model.forward, self._example(), device=self.settings.calibration_device
+                self.model.module, self.model.forward, self.example(), device=self.settings.calibration_device
             )
             self.groups, self.unquantised = find_groups(self.stream)
             if not self.groups:
@@ -96,14 +97,17 @@ class Run:
             self.widths = {
                 g.name: tuple(output_width(self.stream.layers[layer]) for layer in g.layers) for g in self.groups
             }
-            self.allowed, self.struck_out = candidates(self.groups, self.widths, self._schemes(), self.target)
+            self.allowed, self.struck_out = candidates(
+                self.groups, self.widths, schemes_named(self.settings.schemes), self.target
+            )
         whole = self.splits.calibration
         # Where there is less text than asked for, both halves of calibration shrink alike.
         share = effort.calibration_tokens / (effort.calibration_tokens + effort.sensitivity_tokens)
-        gathered = whole.subset(round(share * whole.tokens))
-        self.gather_batches = gathered.batches(BATCH_TOKENS)
+        self.gathered = whole.subset(round(share * whole.tokens))
+        self.gather_batches = self.gathered.batches(BATCH_TOKENS)
         # More and shorter sequences: the prediction's variance falls with their number.
-        self.probe_batches = whole.after(len(gathered)).cut(PROBE_WINDOW).batches(BATCH_TOKENS)
+        self.probed = whole.after(len(self.gathered)).cut(PROBE_WINDOW)
+        self.probe_batches = self.probed.batches(BATCH_TOKENS)
         if not self.probe_batches:
             raise DataError("the calibration text is one single window; give more text")
         self.tuning, self.held_out = self.metric.sets(self.splits)
@@ -113,12 +117,15 @@ class Run:
             "model": self.model.revision,
             "data": self.splits.calibration.digest,
             "schemes": digest(json.dumps({g: [s.name for s in x] for g, x in self.schemes.items()}, sort_keys=True)),
+            "output": self._output_digest(),
             "effort": digest(repr(dataclasses.replace(effort, tuning_tokens=0, held_out_tokens=0, rounds=0))),
             "seed": str(self.settings.seed),
             "version": __version__,
         }
         self.rounder = Rounder(self.stream, self.folder, self.inputs, effort.solver, self.settings.workers)
         self.rounder.know(self.groups)
+        confidence = f"{self.metric.budget.confidence:g}"
+        self.metric_key = digest(self.metric.budget.metric, confidence, self.tuning.digest, self._metric_value())
 
     def _split(self) -> Splits:
         effort = self.settings.effort
@@ -134,16 +141,24 @@ class Run:
         self.folder.write_step("data", splits.summary, {"data": splits.calibration.digest})
         return splits
 
-    def _example(self) -> Batch:
+    def _output_digest(self) -> str:
+        """What the model makes of the example: another configuration or forward function is another model."""
+        with torch.no_grad():
+            output = self.model.forward(self.model.module, self.example())
+        return f"{float(output.double().abs().mean()):.3e}"
+
+    def _metric_value(self) -> str:
+        """What the user's metric says of a doubled output; empty where there is no such metric."""
+        if self.model.metric is None:
+            return ""
+        with torch.no_grad():
+            output = self.model.forward(self.model.module, self.example()).float()
+        return f"{float(self.model.metric(output, output * torch.linspace(0.5, 2, output.shape[-1])).mean()):.3e}"
+
+    def example(self) -> Batch:
+        """A few tokens, to find a model's cut with."""
         ids = self.splits.calibration.ids[0][:8]
         return Batch(ids=ids[None], lengths=torch.tensor([len(ids)]), index=(0,))
-
-    def _schemes(self) -> list[Scheme]:
-        wanted: list[Scheme] = []
-        for name in self.settings.schemes:
-            families = {s.family for s in SCHEMES.values()}
-            wanted += schemes_of_family(name) if name in families else [scheme_named(name)]
-        return list(dict.fromkeys(s for s in wanted if s.name != "bf16"))
 
     # Calibration and sensitivity
 
@@ -156,6 +171,15 @@ class Run:
             self.progress.skip("calibrate", "done by an earlier run")
             return
         formats = {g: sorted({s.weight for s in x if s.weight}) for g, x in self.schemes.items()}
+        names = {
+            id(batch): ", ".join(dict.fromkeys(data.documents[i] for i in batch.index))
+            for data, batches in ((self.gathered, self.gather_batches), (self.probed, self.probe_batches))
+            for batch in batches
+        }
+
+        def describe(batch: Any) -> str:
+            return names[id(batch)]
+
         with self.progress.step("calibrate", self.stream.depth + 1, "blocks") as step:
             self.calibration = calibrate(
                 self.stream,
@@ -166,13 +190,9 @@ class Run:
                 self.scratch,
                 probing=len(self.probe_batches),
                 progress=step.report,
-                describe=self._describe,
+                describe=describe,
             )
         self.folder.write_step("calibration", self.calibration, self.inputs)
-
-    def _describe(self, batch: Any) -> str:
-        data = self.splits.calibration
-        return ", ".join(dict.fromkeys(data.documents[i] for i in batch.index))
 
     def _sensitivity(self) -> tuple[SensitivityRow, ...] | None:
         found: tuple[SensitivityRow, ...] | None = self.folder.read_step(
@@ -264,8 +284,9 @@ class Run:
         )
 
     def _tied(self) -> list[str]:
-        shared = {u.name for u in self.unquantised if "tied" in u.reason}
-        return [g.name for g in self.groups if g.block is None and shared]
+        """Groups whose weight is the embedding's own parameter."""
+        embeddings = {id(m.weight) for m in self.model.module.modules() if isinstance(m, nn.Embedding)}
+        return [g.name for g in self.groups if any(id(self.stream.layers[x].weight) in embeddings for x in g.layers)]
 
     # The mix
 
@@ -287,7 +308,7 @@ class Run:
         """Finds the cheapest mix within the budget on tuning data."""
         inputs = self.inputs | {
             "tuning": self.tuning.digest,
-            "metric": repr((self.metric.budget.metric, self.metric.budget.confidence)),
+            "metric": self.metric_key,
         }
         known: tuple[MeasuredMix, ...] = self.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
         measured = {m.mix: m for m in known}
@@ -353,29 +374,32 @@ class Run:
     def solve(self, plan: PrecisionPlan) -> dict[str, QuantizedWeight]:
         """The codes and scales of every quantised layer, kept one file per group."""
         schemes = {name: scheme_named(scheme) for name, scheme in plan.groups}
-        inputs = self.inputs | {"plan": digest(repr(plan.groups))}
+        inputs = self.inputs | {"plan": digest(repr(plan.groups)), "tuning": self.tuning.digest}
         quantised = [g for g in self.groups if schemes[g.name].weight is not None]
+        chosen = {
+            layer: self.rounder.rounded(layer, fmt)
+            for g in quantised
+            for layer in g.layers
+            if (fmt := schemes[g.name].weight) is not None
+        }
+        if self.settings.effort.compensated and quantised:
+            chosen = self._compensated(schemes, inputs, chosen)
+        self.solved_inputs = inputs | {"codes": _codes_digest(chosen)}
         with self.progress.step("solve", len(quantised), "groups") as step:
-            solved: dict[str, QuantizedWeight] = {}
             for done, group in enumerate(quantised):
-                kept = self.folder.read_solved(group.name, inputs | {"compensated": "no"})
-                if kept is None:
-                    fmt = schemes[group.name].weight
-                    assert fmt is not None
-                    kept = {layer: self.rounder.rounded(layer, fmt) for layer in group.layers}
-                    self.folder.write_solved(group.name, kept, inputs | {"compensated": "no"})
-                solved |= kept
+                if self.folder.read_solved(group.name, self.solved_inputs) is None:
+                    mine = {layer: chosen[layer] for layer in group.layers}
+                    self.folder.write_solved(group.name, mine, self.solved_inputs)
                 step.report(done + 1, len(quantised))
-        if not self.settings.effort.compensated or not quantised:
-            return solved
-        return self._compensated(schemes, inputs, solved)
+        return chosen
 
     def _compensated(
         self, schemes: Mapping[str, Scheme], inputs: dict[str, str], plain: dict[str, QuantizedWeight]
     ) -> dict[str, QuantizedWeight]:
         """Rounded once more against the rounded model's own inputs; kept only where tuning data says it is better."""
+        stored: MeasuredMix | None = self.folder.read_step("compensated", inputs, MeasuredMix)
+        scratch = Scratch(self.folder.path / "work-solve", digest(*inputs.values()))
         with self.progress.step("compensate", self.stream.depth + 1, "blocks") as step:
-            scratch = Scratch(self.folder.path / "work-solve", digest(*inputs.values()))
             better = solve_plan(
                 self.stream,
                 self.groups,
@@ -384,21 +408,28 @@ class Run:
                 self.outcome,
                 self.rounder,
                 self.folder,
-                inputs | {"compensated": "yes"},
+                inputs,
                 self.calibration,
                 scratch,
-                step.report,
+                finished=stored is not None,
+                progress=step.report,
             )
-            found = self._measure(overlay_of(self.groups, schemes, better, self.calibration))
+            if stored is None:
+                found = self._measure(overlay_of(self.groups, schemes, better, self.calibration))
+                stored = MeasuredMix(mix="compensated", **dataclasses.asdict(found))
+                self.folder.write_step("compensated", stored, inputs)
             scratch.clear()
+        measured = Measured(loss=stored.loss, upper=stored.upper, kl_nats=stored.kl_nats)
         chosen = self.verified.chosen
-        if found.upper > chosen.measured.upper:
+        if measured.upper > chosen.measured.upper:
             self.progress.note("compensated rounding was no better on tuning data; the plain one is kept")
             return plain
+        improved = dataclasses.replace(chosen, measured=measured)
         self.verified = dataclasses.replace(
             self.verified,
-            chosen=dataclasses.replace(chosen, measured=found),
-            rounds=(*self.verified.rounds, dataclasses.replace(chosen, measured=found)),
+            chosen=improved,
+            accepted=improved.accepted(limit_of(self.metric.budget)),
+            rounds=(*self.verified.rounds, improved),
         )
         return better
 
@@ -412,6 +443,18 @@ class Run:
     def by_name(self) -> dict[str, Group]:
         """Group name -> group."""
         return {g.name: g for g in self.groups}
+
+
+def _codes_digest(solved: Mapping[str, QuantizedWeight]) -> str:
+    """Digest of all codes and scales: two roundings of one plan are two artefacts."""
+    parts: list[bytes] = []
+    for layer, weight in sorted(solved.items()):
+        parts += [
+            layer.encode(),
+            weight.codes.contiguous().view(torch.uint8).numpy().tobytes(),
+            weight.scale.numpy().tobytes(),
+        ]
+    return digest(*parts)
 
 
 def peak_memory_bytes() -> int:

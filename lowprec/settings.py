@@ -45,7 +45,7 @@ EFFORTS = {
             calibration_tokens=18_432,
             sensitivity_tokens=8_192,
             tuning_tokens=16_384,
-            held_out_tokens=40_500,
+            held_out_tokens=41_000,
             checked_pairs=24,
             checked_tokens=512,
             compensated=False,
@@ -78,6 +78,10 @@ EFFORTS = {
 }
 
 
+OBJECTIVES: tuple[Objective, ...] = ("time", "bytes", "dollars")
+DEVICES = ("cpu", "cuda")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything that a run is told, beside the model.
@@ -104,6 +108,18 @@ class Settings:
     calibration_device: str = "cpu"
     seed: int = 0
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {self.objective!r}: {closest(self.objective, OBJECTIVES)}")
+        if self.calibration_device not in DEVICES:
+            raise ConfigError(
+                f"unknown calibration device {self.calibration_device!r}: {closest(self.calibration_device, DEVICES)}"
+            )
+        if self.workers < 1:
+            raise ConfigError(f"{self.workers} workers: give 1 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed}: give 0 or more")
 
 
 def effort_named(name: str) -> Effort:

@@ -40,6 +40,7 @@ from lowprec.formats.base import SCALE_DTYPE, WEIGHT_FORMATS, QuantizedWeight
 from lowprec.records import Scheme
 
 SHARD_BYTES = 5_000_000_000
+DIGESTS = "digests.json"
 INDEX = "model.safetensors.index.json"
 CONFIG_BYTES = 50_000_000
 
@@ -277,7 +278,8 @@ def _check_place(path: Path) -> None:
         earlier = "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = False
-    if not earlier:
+    # A mix that leaves every layer as it is has no quantization_config; its digests tell that it is ours.
+    if not earlier and not (path / DIGESTS).exists():
         raise ArtifactError(path, "holds files that are no earlier artefact; choose an empty or a new folder")
 
 

@@ -7,7 +7,7 @@ from lowprec.formats.base import (
     QuantizedWeight,
     WeightFormat,
 )
-from lowprec.formats.schemes import SCHEMES, resolve, scheme_named, schemes_of_family
+from lowprec.formats.schemes import SCHEMES, resolve, scheme_named, schemes_named, schemes_of_family
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -18,5 +18,6 @@ __all__ = [
     "WeightFormat",
     "resolve",
     "scheme_named",
+    "schemes_named",
     "schemes_of_family",
 ]

@@ -4,6 +4,8 @@ A scheme changes the numbers; two kernels that compute the same numbers are form
 `w4a16` and `w4a8-*` without a group size mean: the largest of 128, 64, 32 that divides K.
 """
 
+from collections.abc import Iterable
+
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.formats.base import WEIGHT_FORMATS
 from lowprec.records import Scheme
@@ -46,6 +48,24 @@ def schemes_of_family(family: str) -> list[Scheme]:
     if family not in families:
         raise ConfigError(f"unknown scheme family {family!r}: {closest(family, families)}")
     return [s for s in SCHEMES.values() if s.family == family and not s.name.endswith("-static") and "-g" not in s.name]
+
+
+def schemes_named(names: Iterable[str]) -> list[Scheme]:
+    """The quantising schemes that names of schemes and families stand for, each once, in order.
+
+    Raises:
+        ConfigError: a name that is neither; or nothing but bf16.
+    """
+    families = {s.family for s in SCHEMES.values()}
+    found: list[Scheme] = []
+    for name in names:
+        if name not in families and name not in SCHEMES:
+            raise ConfigError(f"unknown scheme {name!r}: {closest(name, [*families, *SCHEMES])}")
+        found += schemes_of_family(name) if name in families else [SCHEMES[name]]
+    quantising = list(dict.fromkeys(s for s in found if s.weight is not None))
+    if not quantising:
+        raise ConfigError("no scheme may be chosen: give families such as fp8,int8,int4 or names of schemes")
+    return quantising
 
 
 def resolve(scheme: Scheme, k: int) -> Scheme:

@@ -144,7 +144,7 @@ def calibrate(
             entered = [stream.enter(batch) for batch in batches]
         calls = [call for _, call in entered]
         start, amax = scratch.note("forward") or (0, {})
-        hidden = (scratch.load("hidden") if start else None) or [h for h, _ in entered]
+        hidden = (scratch.load(f"hidden-{start}") if start else None) or [h for h, _ in entered]
         del entered
         for index in range(start, stream.depth):
             inside = [g for g in groups if g.block == index or stream.whole]
@@ -158,8 +158,10 @@ def calibrate(
             hidden = after
             amax |= gather.amax
             if not stream.whole:
-                scratch.save("hidden", hidden)
+                # A file of its own, then the note that makes it count: a kill in between leaves the old state.
+                scratch.save(f"hidden-{index + 1}", hidden)
                 scratch.set_note("forward", (index + 1, amax))
+                scratch.forget(f"hidden-{index}")
             progress(index + 1, stream.depth + 1)
         outside = [g for g in groups if g.block is None and not stream.whole]
         if outside:

@@ -19,10 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lowprec.artifacts.folder import explained
 from lowprec.artifacts.loading import quiet
 from lowprec.artifacts.source import check_config, check_gguf, check_model_folder, finite_tensors
-from lowprec.errors import ArtifactError, ConfigError, ModelError
+from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
 from lowprec.records import digest
 from lowprec.steps.outcome import Outcome, Tokens, Vector
 from lowprec.steps.stream import Forward
@@ -132,10 +131,10 @@ def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
             finite.
         ConfigError: neither a path nor a name.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return _load_gguf(path)
-    folder = path if path.exists() else _download(str(source))
+    folder = path if path.exists() or str(source).startswith((".", "/", "~")) else _download(str(source))
     check_model_folder(folder, trust_remote_code)
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -145,28 +144,36 @@ def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
             module, info = auto.from_pretrained(
                 folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
             )
-        except OSError as error:
-            raise explained(folder, error) from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         wrong = missing or info["mismatched_keys"]
         if wrong:
             raise ModelError(f"{folder}: weights are missing or of the wrong shape: {wrong}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return _model(module, tokenizer, str(source), decoder)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder} has no tokenizer that loads; save the model's tokenizer beside it") from error
+    return _model(module, tokenizer, str(source), decoder, tuple(info["missing_keys"]))
 
 
 def _is_decoder(config: Any) -> bool:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{config.model_type} is an encoder-decoder", ("only decoders and encoders of text can be optimised yet",)
+        )
     names = config.architectures or ()
-    return any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _model(module: Any, tokenizer: Any, name: str, decoder: bool) -> Model:
+def _model(module: Any, tokenizer: Any, name: str, decoder: bool, made_up: tuple[str, ...] = ()) -> Model:
+    """`made_up` are weights that the checkpoint does not hold (an unused pooler): they differ from load to load."""
     return Model(
         module=module.eval(),
         forward=decoder_forward if decoder else sentence_forward,
         tokenizer=tokenizer,
         name=name,
-        revision=_weights_digest(module),
+        revision=_weights_digest(module, made_up),
         kind="decoder" if decoder else "encoder",
         config=module.config,
         generation_config=getattr(module, "generation_config", None),
@@ -238,10 +245,12 @@ def check_config_known(config: Any) -> None:
         raise ModelError(f"transformers {transformers.__version__} does not know the architecture {names[0]!r}")
 
 
-def _weights_digest(module: nn.Module) -> str:
+def _weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     """Digest over names and bytes of all parameters; also where weights that are not finite are found."""
     parts: list[str] = []
     for name, tensor in finite_tensors(module.named_parameters()):
+        if name in leave_out:
+            continue
         raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
         parts.append(f"{name}:{tuple(tensor.shape)}:{hashlib.sha256(raw.data).hexdigest()}")
     return digest(*parts)

@@ -217,6 +217,9 @@ def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
         return TokenMetric(budget=budget)
     if budget.metric in DECODER_METRICS or budget.metric.startswith(PREFIX):
         raise ConfigError(f"{model.name} has no logits, so no {budget.metric}: use the metric 'cosine' or your own")
+    own = getattr(model.metric, "__name__", budget.metric)
+    if budget.metric not in (own, "cosine", "squared error"):
+        raise ConfigError(f"unknown metric {budget.metric!r}: {closest(budget.metric, [own])}")
     by = compare_vectors(model.metric)
     # The reference's own value is 0, so no share of it exists; the number is meant as the difference.
     return VectorMetric(budget=replace(budget, kind="absolute"), divergence=by, value=by)

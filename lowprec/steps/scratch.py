@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowprec.artifacts.folder import explained, write_text
 from lowprec.errors import ArtifactError
 
 
@@ -52,20 +53,28 @@ class Scratch:
         file = self.path / f"{name}.safetensors"
         if not file.exists():
             return None
-        stored = load_file(file)
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise ArtifactError(file, "is damaged; delete its folder and run again") from error
         return [stored[key] for key in sorted(stored)]
 
     def set_note(self, name: str, value: Any) -> None:
         """Stores a JSON value under `name`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        fresh = self.path / f"{name}.new"
-        fresh.write_text(json.dumps(value))
-        os.replace(fresh, self.path / f"{name}.json")
+        file = self.path / f"{name}.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explained(self.path, error) from error
+        write_text(file, json.dumps(value))
 
     def note(self, name: str) -> Any:
         """The JSON value stored under `name`, None when there is none."""
         file = self.path / f"{name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise ArtifactError(file, "is damaged; delete its folder and run again") from error
 
     def forget(self, name: str) -> None:
         """Deletes the list stored under `name`."""

@@ -60,8 +60,14 @@ class Effects:
 
     def _parts(self, group: str, scheme: Scheme) -> list[Tensor]:
         kinds = [("weight", scheme.weight), ("activation", scheme.activation)]
-        columns = [self.columns.index((group, kind, fmt)) for kind, fmt in kinds if fmt is not None]
-        return [self.values[:, column].double() for column in columns]
+        keys = [(group, kind, fmt) for kind, fmt in kinds if fmt is not None]
+        # A layer that the output does not depend on got no gradient: rounding it has no effect.
+        return [
+            self.values[:, self.columns.index(key)].double()
+            if key in self.columns
+            else torch.zeros(len(self.values), dtype=torch.float64)
+            for key in keys
+        ]
 
     def kl(self, group: str, scheme: Scheme) -> tuple[float, float]:
         """Predicted KL of `group` in `scheme` per event, in nats, and its standard error over sequences.
@@ -276,7 +282,7 @@ def effects(
         _checkpoint(scratch, stream.depth, rows, gradients)
         start = stream.depth
     else:
-        gradients = scratch.load("gradient") or []
+        gradients = scratch.load(f"gradient-{start}") or []
     for index in reversed(range(start)):
         rows, gradients = run.block(index, probe([g for g in groups if g.block == index]), gradients, calls)
         _checkpoint(scratch, index, rows, gradients)
@@ -291,11 +297,13 @@ def _rows(hidden: Any, batch: Any) -> Tensor:
 
 
 def _checkpoint(scratch: Scratch, index: int, rows: Sequence[Row], gradients: Sequence[Tensor]) -> None:
+    """Files of their own per block, then the note that makes them count: a kill in between leaves the old state."""
     keys = list(rows[0])
     scratch.save(f"effects-{index}", [torch.cat([row[key] for row in rows]) for key in keys])
     scratch.set_note(f"effects-{index}", keys)
-    scratch.save("gradient", gradients)
+    scratch.save(f"gradient-{index}", gradients)
     scratch.set_note("backward", index)
+    scratch.forget(f"gradient-{index + 1}")
 
 
 def _stored_rows(scratch: Scratch, index: int) -> list[Row]:

@@ -165,9 +165,13 @@ def solve_plan(
     inputs: Mapping[str, str],
     calibration: Calibration,
     scratch: Scratch,
+    finished: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, QuantizedWeight]:
-    """Streams once more, rounding each group in its scheme against the inputs that the rounded model produces."""
+    """Streams once more, rounding each group in its scheme against the inputs that the rounded model produces.
+
+    `finished` says that an earlier call went to the end: then its files are read and nothing runs.
+    """
     solved: dict[str, QuantizedWeight] = {}
     overlay: dict[str, Override] = {}
 
@@ -178,17 +182,18 @@ def solve_plan(
             if (fmt := schemes[group.name].weight) is not None and group.layers[0] not in solved
         ]
         for (group, _, _), found in zip(wanted, rounder.solve(wanted), strict=True):
-            folder.write_solved(group.name, found, inputs)
+            folder.write_solved(f"{group.name}@compensated", found, inputs)
             solved.update(found)
             overlay.update(overlay_of([group], schemes, found, calibration))
 
     # A pass that was cut starts again from its hidden states; what lies before them is read back from the folder.
     for group in groups:
-        kept = folder.read_solved(group.name, inputs)
+        kept = folder.read_solved(f"{group.name}@compensated", inputs)
         if kept is not None and schemes[group.name].weight is not None:
             solved.update(kept)
             overlay.update(overlay_of([group], schemes, kept, calibration))
-    calibrate(stream, groups, batches, outcome, on_groups, scratch, progress=progress, overlay=overlay)
+    if not finished:
+        calibrate(stream, groups, batches, outcome, on_groups, scratch, progress=progress, overlay=overlay)
     return solved
 
 

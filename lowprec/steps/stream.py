@@ -274,7 +274,7 @@ class Stream:
         """The model's output for what the last block returned. Needs `outer()`."""
         if self._list is None:
             return torch.as_tensor(hidden)
-        with self._stubs(hidden, stop_at=None):
+        with self._stubs(hidden.to(self.device), stop_at=None):
             return self.forward(self.module, batch)
 
 

@@ -13,8 +13,9 @@ def target_for(name: str, device: str | None = None) -> Target:
         ConfigError: unknown target or device.
         UnsupportedError: a device of this machine whose kernels are not there yet.
     """
+    here = TARGETS[name]
     if device in (None, "cpu"):
-        return TARGETS[name]
+        return here
     if device == "cuda":
         from lowprec.targets.torch import TorchTarget
 
