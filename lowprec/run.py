@@ -87,6 +87,7 @@ class Run:
         effort = self.settings.effort
         with self.progress.step("data"):
             self.splits = self._split()
+        wanted = schemes_named(self.settings.schemes)
         with self.progress.step("graph"):
             self.stream = Stream(
                 self.model.module, self.model.forward, self.example(), device=self.settings.calibration_device
@@ -97,9 +98,7 @@ class Run:
             self.widths = {
                 g.name: tuple(output_width(self.stream.layers[layer]) for layer in g.layers) for g in self.groups
             }
-            self.allowed, self.struck_out = candidates(
-                self.groups, self.widths, schemes_named(self.settings.schemes), self.target
-            )
+            self.allowed, self.struck_out = candidates(self.groups, self.widths, wanted, self.target)
         whole = self.splits.calibration
         # Where there is less text than asked for, both halves of calibration shrink alike.
         share = effort.calibration_tokens / (effort.calibration_tokens + effort.sensitivity_tokens)

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what is written, resume after kill -9, other budgets, bad folders."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -22,16 +23,25 @@ from lowprec.artifacts.probe import check_probe
 from lowprec.artifacts.safetensors_io import load_tensors
 from lowprec.errors import ArtifactError, ConfigError, DataError, ModelError
 from lowprec.formats import scheme_named
+from lowprec.records import Workload
 from lowprec.report import report_from_json
 from lowprec.results import Report
+from lowprec.settings import Effort
 from lowprec.steps.load import load, wrap
+from lowprec.steps.scratch import Scratch
 
 pytestmark = pytest.mark.slow
 BUDGET = "30%"
 
 
 def run(model: Path, out: Path, data: Path, **changed: Any) -> Report:
-    settings: dict[str, Any] = {"budget": BUDGET, "objective": "bytes", "effort": tiny.EFFORT, "data": [data]}
+    settings: dict[str, Any] = {
+        "budget": BUDGET,
+        "objective": "bytes",
+        "effort": tiny.EFFORT,
+        "data": [data],
+        "workload": Workload(prompt_tokens=32, output_tokens=8),
+    }
     return optimize(model, out=out, **settings | changed)
 
 
@@ -111,9 +121,9 @@ def test_a_second_run_in_one_folder_stops(place: Path) -> None:
         run(place / "model", place / "out", place / "text.jsonl")
 
 
-def _child(place: Path, out: Path, workers: int) -> None:
+def _child(place: Path, out: Path, workers: int, effort: Effort) -> None:
     torch.set_num_threads(1)
-    run(place / "model", out, place / "text.jsonl", workers=workers)
+    run(place / "model", out, place / "text.jsonl", workers=workers, effort=effort)
 
 
 def _context() -> Any:
@@ -124,30 +134,67 @@ def _context() -> Any:
 
 
 @pytest.mark.timeout(900)
-def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path) -> None:
-    context, out, generator = _context(), tmp_path / "out", random.Random(11)
-    out.mkdir()
-    shutil.copy(place / "out" / "cost.json", out)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path, compensated: bool) -> None:
+    effort = dataclasses.replace(tiny.EFFORT, compensated=compensated)
+    context, out, whole, generator = _context(), tmp_path / "out", tmp_path / "whole", random.Random(11)
+    for folder in (out, whole):
+        folder.mkdir()
+        shutil.copy(place / "out" / "cost.json", folder)
     start = time.monotonic()
-    whole = context.Process(target=_child, args=(place, tmp_path / "whole", 2))
-    whole.start()
-    whole.join()
+    child = context.Process(target=_child, args=(place, whole, 2, effort))
+    child.start()
+    child.join()
     seconds = time.monotonic() - start
-    assert whole.exitcode == 0
-    killed = 0
-    while killed < 10:
-        child = context.Process(target=_child, args=(place, out, generator.choice([1, 2, 4])))
+    assert child.exitcode == 0
+    for _ in range(10):
+        child = context.Process(target=_child, args=(place, out, generator.choice([1, 2, 4]), effort))
         child.start()
-        child.join(generator.uniform(0.1, 0.6) * seconds)
+        child.join(generator.uniform(0.1, 0.9) * seconds)
         if child.exitcode is None:
             os.kill(child.pid, signal.SIGKILL)
         child.join()
-        killed += 1
+    run(place / "model", out, place / "text.jsonl", effort=effort)
+    for name in ("plan.json", "sensitivity.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    for file in (whole / "model").glob("*.safetensors"):
+        if file.name != "probe.safetensors":
+            assert (out / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+class Cut(Exception):
+    """Ends a run in the middle."""
+
+
+@pytest.mark.parametrize("number", range(3, 28, 3))
+def test_cut_at_any_write_the_plan_is_the_same(
+    place: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts before the `number`th file of the hidden states' folder is written, where a half-done state could show."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(place / "out" / "cost.json", out)
+    count = 0
+    originals = {name: getattr(Scratch, name) for name in ("save", "set_note")}
+
+    def counted(name: str) -> Any:
+        def write(*arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise Cut
+            originals[name](*arguments)
+
+        return write
+
+    with monkeypatch.context() as patched:
+        for name in originals:
+            patched.setattr(Scratch, name, counted(name))
+        with pytest.raises(Cut):
+            run(place / "model", out, place / "text.jsonl")
     run(place / "model", out, place / "text.jsonl")
-    assert (out / "plan.json").read_bytes() == (place / "out" / "plan.json").read_bytes()
     assert (out / "sensitivity.json").read_bytes() == (place / "out" / "sensitivity.json").read_bytes()
-    for file in (place / "out" / "model").glob("*.safetensors"):
-        assert (out / "model" / file.name).read_bytes() == file.read_bytes()
+    assert (out / "plan.json").read_bytes() == (place / "out" / "plan.json").read_bytes()
 
 
 def test_worker_threads_do_not_change_the_plan(place: Path, tmp_path: Path) -> None:
