@@ -23,6 +23,7 @@ from lowprec.targets.torch import measure_end_to_end
 from lowprec.version import __version__
 
 FRONTIER_BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1)
+NOT_ON_TUNING = "no mix was within the budget on tuning text, and this one came closest"
 UNITS = {"time": "us", "bytes": "bytes", "dollars": "dollars per million output tokens"}
 
 
@@ -38,8 +39,8 @@ class Summary:
     def cost(self, artefact: Artefact) -> CostResult:
         """Before and after: predicted by the sum over the layers, measured on the whole model where it runs here."""
         run, settings = self.run, self.run.settings
-        before = sum(self._unit(run.costs[g.name, "bf16"]) for g in run.groups)
-        after = sum(self._unit(run.costs[choice]) for choice in self.proof.plan.groups)
+        before = self._fixed() + sum(self._unit(run.costs[g.name, "bf16"]) for g in run.groups)
+        after = self._fixed() + sum(self._unit(run.costs[choice]) for choice in self.proof.plan.groups)
         here = run.target.origin == "measured" and run.model.kind == "decoder"
         speeds = self._speeds(artefact) if here else None
         bytes_before, bytes_after = self.proof.bytes_before(), artefact.weight_bytes
@@ -70,6 +71,12 @@ class Summary:
     def _unit(self, cost: GroupCost) -> float:
         """The cost in the objective's own unit."""
         return in_unit(cost, self.run.settings.objective) * self._scale()
+
+    def _fixed(self) -> float:
+        """What no allocation changes: the bytes of embeddings and all else that is in no group."""
+        if self.run.settings.objective != "bytes":
+            return 0.0
+        return self.proof.bytes_before() - sum(self.run.costs[g.name, "bf16"].bytes for g in self.run.groups)
 
     def _scale(self) -> float:
         """What one unit of the allocation's cost is in the report: dollars for a microsecond, else itself."""
@@ -108,7 +115,7 @@ class Summary:
                 FrontierPoint(
                     budget=budget,
                     predicted_loss=shown(run.metric.budget, mix.loss * ratio),
-                    cost=mix.cost * self._scale(),
+                    cost=self._fixed() + mix.cost * self._scale(),
                     effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
                     bytes=self.proof.bytes_before() - round(sum(self.proof.saved(*choice) for choice in mix.schemes)),
                     scheme_shares=self._scheme_shares(mix.schemes),
@@ -142,10 +149,10 @@ class Summary:
             objective=run.settings.objective,
             effort=run.settings.effort.name,
             verdict=judgement.verdict,
-            verdict_reason=judgement.reason,
+            verdict_reason=judgement.reason if run.verified.accepted else f"{judgement.reason}; {NOT_ON_TUNING}",
             unread_data=not reused,
             reused=reused,
-            plan=dataclasses.replace(plan, predicted_cost=plan.predicted_cost * self._scale()),
+            plan=dataclasses.replace(plan, predicted_cost=self._fixed() + plan.predicted_cost * self._scale()),
             loss=judgement.loss,
             cost=cost,
             parity=parity,

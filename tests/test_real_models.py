@@ -22,6 +22,7 @@ SMALL = Effort(
     checked_tokens=512,
     compensated=False,
     rounds=1,
+    solver="gptq-quick",
 )
 
 

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from lowprec.results import CheckedPair, SensitivityResult
 
 Pair = tuple[str, str]
+FEWEST_TO_RANK = 3
 
 
 def base_of(scheme: str) -> str:
@@ -37,7 +38,9 @@ def agreement(pairs: Sequence[CheckedPair], predicted_kl_nats: float, measured_k
         by_scheme.setdefault(base_of(pair.scheme), []).append(pair)
     return SensitivityResult(
         spearman=_spearman(pairs),
-        spearman_within=tuple((name, _spearman(found)) for name, found in sorted(by_scheme.items())),
+        spearman_within=tuple(
+            (name, _spearman(found)) for name, found in sorted(by_scheme.items()) if len(found) >= FEWEST_TO_RANK
+        ),
         predicted_kl_nats=predicted_kl_nats,
         measured_kl_nats=measured_kl_nats,
         pairs=tuple(pairs),
@@ -46,7 +49,7 @@ def agreement(pairs: Sequence[CheckedPair], predicted_kl_nats: float, measured_k
 
 def _spearman(pairs: Sequence[CheckedPair]) -> float:
     """Rank correlation of predicted and measured KL; 0 where there are too few pairs to rank."""
-    if len(pairs) < 3:
+    if len(pairs) < FEWEST_TO_RANK:
         return 0.0
     value = spearmanr([p.predicted_kl_nats for p in pairs], [p.measured_kl_nats for p in pairs]).statistic
     return float(value) if np.isfinite(value) else 0.0
