@@ -22,7 +22,6 @@ SMALL = Effort(
     checked_tokens=512,
     compensated=False,
     rounds=1,
-    solver="gptq-quick",
 )
 
 
