@@ -38,7 +38,6 @@ from lowprec.steps.measure import compare, run_through
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import NOTHING, Overlay, Stream
 
-FRONTIER_BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1)
 PARITY_TOKENS = 1_024
 NOISE_TOKENS = 256
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64

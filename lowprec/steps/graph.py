@@ -5,8 +5,6 @@ by what the trace saw, not by the names that one architecture uses. Everything t
 its bytes and the reason.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -108,8 +106,3 @@ def _reason(
 
 def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
-
-
-def linear_parameters(groups: Iterable[Group]) -> int:
-    """Parameters of all groups together."""
-    return sum(group.parameters for group in groups)

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from lowprec.artifacts.loading import quiet
-from lowprec.artifacts.source import check_config, check_gguf, check_model_folder, finite_tensors
+from lowprec.artifacts.source import check_gguf, check_model_folder, finite_tensors
 from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
 from lowprec.records import digest
 from lowprec.steps.outcome import Outcome, Tokens, Vector
@@ -256,4 +256,4 @@ def _weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     return digest(*parts)
 
 
-__all__ = ["Model", "check_config", "cosine_loss", "decoder_forward", "load", "sentence_forward", "wrap"]
+__all__ = ["Model", "cosine_loss", "decoder_forward", "load", "sentence_forward", "wrap"]
