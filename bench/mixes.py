@@ -22,15 +22,20 @@ from scipy.stats import spearmanr
 
 from lowprec.artifacts.folder import RunFolder, canonical_json
 from lowprec.formats import resolve, scheme_named
+from lowprec.pipeline.choose import options
+from lowprec.pipeline.context import context_of
+from lowprec.pipeline.prepare import prepare
+from lowprec.pipeline.price import Priced, price
+from lowprec.pipeline.score import Scored, score
+from lowprec.pipeline.summarise import environment
 from lowprec.report import RunProgress
-from lowprec.run import BATCH_TOKENS, Run
 from lowprec.settings import Settings, effort_named
 from lowprec.steps.allocate import Option, allocate
 from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import load
 from lowprec.steps.measure import compare, compare_tokens, paired, run_through
 from lowprec.steps.scores import PairedScores, mean_kl, perplexity_increase
-from lowprec.summary import environment
+from lowprec.steps.tokens import batched
 
 UNIFORM = ("w4a16", "w8a16", "w8a8-int8", "w8a8-fp8", "w4a8-int8")
 RANDOM_MIXES = 20
@@ -51,21 +56,20 @@ class Row:
 
 
 class Bench:
-    """A calibrated run, and measurements of mixes on its unread text."""
+    """A scored model, and measurements of mixes on its unread text."""
 
-    def __init__(self, run: Run, tokens: int) -> None:
-        self.run = run
-        self.options = run.options()
-        self.names = [g.name for g in run.groups]
-        self.data = run.splits.held_out[-1].subset(tokens)
-        self.batches = self.data.batches(BATCH_TOKENS)
-        self.reference = run_through(run.stream, self.batches)
+    def __init__(self, scored: Scored, priced: Priced, tokens: int) -> None:
+        self.scored, self.prepared = scored, scored.prepared
+        self.options = options(scored, priced)
+        self.names = self.prepared.names
+        self.text = batched(self.prepared.splits.held_out[-1].subset(tokens))
+        self.reference = run_through(self.prepared.stream, self.text.batches)
         self.scores: dict[str, PairedScores] = {}
         self.rows: dict[str, Row] = {}
 
     def uniform(self, scheme: str) -> dict[str, str]:
         """Every group in `scheme`, the group size settled for each."""
-        return {g.name: resolve(scheme_named(scheme), g.k).name for g in self.run.groups}
+        return {g.name: resolve(scheme_named(scheme), g.k).name for g in self.prepared.groups}
 
     def randomised(self, generator: random.Random) -> dict[str, str]:
         """A scheme for each group, drawn from those that the target runs."""
@@ -84,9 +88,10 @@ class Bench:
 
     def measure(self, name: str, mix: dict[str, str], against: str | None = None) -> Row:
         """Measures a mix; `against` names the measured row that it must not be worse than."""
-        candidate = run_through(self.run.stream, self.batches, self.run.overlay(mix))
-        table = compare(self.reference, [candidate], self.batches, compare_tokens)[0]
-        scores = self.scores[name] = paired(table, self.data, self.batches)
+        data, batches = self.text.data, self.text.batches
+        candidate = run_through(self.prepared.stream, batches, self.scored.overlay(mix))
+        table = compare(self.reference, [candidate], batches, compare_tokens)[0]
+        scores = self.scores[name] = paired(table, data, batches)
         upper = None
         if against is not None:
             other = self.scores[against]
@@ -149,12 +154,9 @@ def main(
     """Measures and prints."""
     settings = Settings(out=out, effort=effort_named(effort), objective=objective, seed=seed)  # type: ignore[arg-type]
     with RunFolder(out) as folder, RunProgress() as progress:
-        run = Run(load(model), settings, folder, progress)
-        run.prepare()
-        run.calibrate()
-        run.sensitivity()
-        run.cost()
-        bench = Bench(run, tokens)
+        context = context_of(load(model), settings, folder, progress)
+        prepared = prepare(context)
+        bench = Bench(score(prepared), price(prepared), tokens)
         with progress.step("mixes"):
             collect(bench, seed)
     rows = list(bench.rows.values())
@@ -164,9 +166,9 @@ def main(
     record = {
         "rows": [dataclasses.asdict(r) for r in rows],
         "spearman_of_mixes": rank,
-        "tokens": bench.data.tokens,
+        "tokens": bench.text.data.tokens,
         "objective": objective,
-        "environment": environment(run),
+        "environment": environment(context),
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(canonical_json(record))

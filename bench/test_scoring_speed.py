@@ -17,7 +17,6 @@ from torch import Tensor
 from lowprec.formats import WEIGHT_FORMATS, Scheme, resolve, scheme_named
 from lowprec.solvers import SOLVERS
 from lowprec.steps.calibrate import calibrate
-from lowprec.steps.data import Batch
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import load
@@ -25,6 +24,7 @@ from lowprec.steps.outcome import Tokens
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.sensitivity import effects
 from lowprec.steps.stream import Stream
+from lowprec.steps.tokens import Batch
 
 MODEL = Path(".demo/model.gguf")
 EIGHT = ("w8a8-fp8", "w8a8-int8", "w8a16", "w4a16", "w4a16-g32", "w4a8-int8", "w4a8-fp8", "w8a8-int8-static")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     )
     from lowprec.records import Budget, Group, PrecisionPlan, Scheme, Workload
     from lowprec.results import Report
-    from lowprec.run import Run
     from lowprec.settings import Settings
     from lowprec.steps.allocate import allocate, frontier
     from lowprec.steps.calibrate import calibrate
@@ -53,7 +52,6 @@ _HOME = {
     "ModelError": "errors:ModelError",
     "PrecisionPlan": "records:PrecisionPlan",
     "Report": "results:Report",
-    "Run": "run:Run",
     "Scheme": "records:Scheme",
     "Settings": "settings:Settings",
     "Stream": "steps.stream:Stream",
@@ -90,7 +88,6 @@ __all__ = [
     "ModelError",
     "PrecisionPlan",
     "Report",
-    "Run",
     "Scheme",
     "Settings",
     "Stream",

@@ -15,17 +15,21 @@ import psutil
 from lowprec.artifacts.folder import RunFolder, require_space
 from lowprec.economics import price_of
 from lowprec.errors import UnsupportedError
-from lowprec.estimate import Estimate, estimate
 from lowprec.formats import schemes_named
-from lowprec.proof import Proof
+from lowprec.pipeline.artefact import export
+from lowprec.pipeline.choose import choose
+from lowprec.pipeline.context import Context, context_of
+from lowprec.pipeline.estimate import Estimate, estimate
+from lowprec.pipeline.prepare import prepare
+from lowprec.pipeline.price import price
+from lowprec.pipeline.prove import prove
+from lowprec.pipeline.score import check, score
+from lowprec.pipeline.summarise import summarise
 from lowprec.records import Budget, Objective, Workload
 from lowprec.report import RunProgress, report_html, report_json
-from lowprec.results import ParityResult, Report
-from lowprec.run import Run
+from lowprec.results import Report
 from lowprec.settings import Effort, Settings, effort_named, parse_budget
-from lowprec.steps.judge import Judgement
 from lowprec.steps.load import Model, load, wrap
-from lowprec.summary import Summary
 from lowprec.targets import target_for
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -94,7 +98,7 @@ def optimize(
             with shown.step("load"):
                 model = load(model, trust_remote_code=trust_remote_code)
         found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
-        return complete(Run(model, dataclasses.replace(asked, budget=found), folder, shown))
+        return complete(context_of(model, dataclasses.replace(asked, budget=found), folder, shown))
 
 
 def default_metric(model: Model) -> str:
@@ -104,56 +108,39 @@ def default_metric(model: Model) -> str:
     return getattr(model.metric, "__name__", "metric") if model.metric else "squared error"
 
 
-def complete(run: Run) -> Report:
-    """Takes a run through all of its steps and writes the reports."""
-    require_fit(run)
-    run.prepare()
-    run.calibrate()
-    run.sensitivity()
-    pairs = run.check()
-    run.cost()
-    run.verify()
-    plan = run.plan()
-    proof = Proof(run, plan, run.solve(plan))
-    loaded = proof.export()
-    parity = proof.parity(loaded)
-    judgement, reused = proof.judge(loaded)
-    judgement = held_back(judgement, parity)
-    artefact = loaded.artefact
+def complete(context: Context) -> Report:
+    """Takes a run through all of its stages and writes the reports."""
+    require_fit(context)
+    prepared = prepare(context)
+    scored = score(prepared)
+    pairs = check(scored)
+    chosen = choose(scored, price(prepared))
+    loaded = export(chosen)
+    proved, artefact = prove(chosen, loaded), loaded.artefact
     # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
     del loaded
-    summary = Summary(proof)
-    cost = summary.cost(artefact)
-    report = summary.report(artefact, parity, judgement, reused, cost, pairs)
-    run.folder.write_text(REPORT_JSON, report_json(report))
-    run.folder.write_text(REPORT_HTML, report_html(report))
+    report = summarise(chosen, artefact, proved, pairs)
+    context.folder.write_text(REPORT_JSON, report_json(report))
+    context.folder.write_text(REPORT_HTML, report_html(report))
     return report
 
 
-def held_back(judgement: Judgement, parity: ParityResult) -> Judgement:
-    """No verdict of `within` for an artefact that is not what was scored."""
-    if parity.holds or judgement.verdict != "within":
-        return judgement
-    reason = f"what was loaded is not what was scored ({parity}); {judgement.reason}"
-    return dataclasses.replace(judgement, verdict="inconclusive", reason=reason)
-
-
-def require_fit(run: Run) -> Estimate:
+def require_fit(context: Context) -> Estimate:
     """Says what the run will take, and refuses one that cannot fit.
 
     Raises:
         UnsupportedError: more memory than there is; names memory and time.
         ArtifactError: less disk than it needs.
     """
-    expected = estimate(run.model.module, run.settings)
+    expected = estimate(context.model.module, context.settings)
     free = psutil.virtual_memory().available
-    run.progress.note(f"expected: {expected}")
+    context.progress.note(f"expected: {expected}")
     if expected.memory_bytes > free:
         raise UnsupportedError(
             f"the run would take {expected}, but only {free / 1e9:.1f} GB of memory are free",
             ("use a machine with more memory, or --effort fast",),
         )
-    require_space(run.folder.path, expected.disk_bytes)
+    require_space(context.folder.path, expected.disk_bytes)
     return expected
 
 

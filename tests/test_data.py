@@ -1,5 +1,6 @@
 """Sources, independent units and splits: disjoint to the paragraph, seeded, and clear when the text is too little."""
 
+import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from lowprec.errors import ConfigError, DataError
 from lowprec.records import from_json, to_json
 from lowprec.steps import sources
-from lowprec.steps.data import DataSummary, Encoder, Splits, SplitSizes, TokenSet, encoder_of, split
+from lowprec.steps.data import DataSummary, Encoder, Splits, SplitSizes, encoder_of, split
 from lowprec.steps.sources import Document, cut_text, paragraphs, read_sources
+from lowprec.steps.tokens import TokenSet
 from lowprec.steps.units import BOILERPLATE_DOCUMENTS, TRIVIAL_CHARACTERS, find_units, paragraph_keys
 
 BOS = 1
@@ -318,4 +320,6 @@ def test_sets_are_divided_and_cut_without_losing_their_units() -> None:
     cut = data.cut(10)
     assert [(u, len(ids)) for u, ids in zip(cut.units, cut.ids, strict=True)] == [(1, 10), (2, 4), (3, 10), (3, 10)]
     assert torch.equal(cut.ids[3], torch.arange(10, 20))
+    framed = dataclasses.replace(data, prefix=(0,), suffix=(24,)).cut(10)
+    assert framed.ids[-1].tolist() == [0, *range(9, 17), 24], "special tokens stand around every piece"
     assert len(data.subset(11)) == 2

@@ -14,7 +14,6 @@ from lowprec.errors import ConfigError, ModelError
 from lowprec.records import Budget, from_json, to_json
 from lowprec.results import LossResult
 from lowprec.steps import judge as judge_module
-from lowprec.steps.data import TokenSet
 from lowprec.steps.judge import Judgement, judge, proportion_bounds, ratio_bounds
 from lowprec.steps.scores import (
     PairedScores,
@@ -26,6 +25,7 @@ from lowprec.steps.scores import (
     token_scores,
     top1_agreement,
 )
+from lowprec.steps.tokens import TokenSet
 
 Floats = NDArray[np.float64]
 BUDGET = Budget(limit=0.05)

@@ -16,7 +16,6 @@ from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, scheme_named
 from lowprec.records import Group
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.steps.calibrate import calibrate
-from lowprec.steps.data import Batch
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import decoder_forward
@@ -26,6 +25,7 @@ from lowprec.steps.scratch import Scratch
 from lowprec.steps.sensitivity import Effects, effects
 from lowprec.steps.solve import Rounder
 from lowprec.steps.stream import Override, Stream
+from lowprec.steps.tokens import Batch
 
 SCHEMES = [scheme_named(name) for name in ("w8a8-int8", "w8a16", "w4a16-g64", "w8a8-fp8")]
 
@@ -237,8 +237,7 @@ def test_rounding_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> No
     for workers in (1, 3):
         stream, groups = built(tiny.decoder())
         with RunFolder(tmp_path / str(workers)) as folder:
-            rounder = Rounder(stream, folder, {}, workers=workers)
-            rounder.know(groups)
+            rounder = Rounder(stream, groups, folder, {}, workers=workers)
             keep = partial(rounder.solve_and_keep, formats={g.name: ["int4-g64"] for g in groups})
             calibrate(stream, groups, batches(), Tokens(), keep, Scratch(tmp_path / f"s{workers}", "d"))
             found.append({n: rounder.rounded(n, "int4-g64") for g in groups for n in g.layers})

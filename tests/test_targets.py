@@ -152,6 +152,21 @@ def test_end_to_end_counts_tokens_and_keeps_to_its_time() -> None:
         measure_end_to_end(nn.Linear(2, 2), 4, 1)
 
 
+class Renamed(Causal):
+    """The same with the cache under its newer name."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, cache: object, use_cache: bool, logits_to_keep: int = 0
+    ) -> SimpleNamespace:
+        found = super().forward(input_ids, cache, use_cache, logits_to_keep)
+        return SimpleNamespace(logits=found.logits, cache=found.past_key_values)
+
+
+def test_end_to_end_knows_both_names_of_the_cache() -> None:
+    model = Renamed()
+    assert measure_end_to_end(model, 20, 3, batch=2, clock=lambda: model.now)[1] == pytest.approx(2 / 0.1)
+
+
 def test_end_to_end_on_a_tiny_transformer() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from lowprec.errors import ConfigError, DataError
-from lowprec.records import SCHEMA_VERSION, digest
+from lowprec.records import SCHEMA_VERSION
 from lowprec.steps.sources import Document
+from lowprec.steps.tokens import TokenSet
 from lowprec.steps.units import Units, find_units
 
 MINIMUM_WINDOW = 32
@@ -83,97 +84,6 @@ def encoder_of(tokenizer: Any) -> Encoder:
         raise ConfigError(f"the tokenizer gives {full} for 'x', but {bare} without special tokens; give another one")
     at = places[-1]
     return Encoder(encode=encode, prefix=tuple(full[:at]), suffix=tuple(full[at + len(bare) :]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Right-padded windows: `ids` [B, T] int64, `lengths` [B] int64, `index` of each row's window in its TokenSet.
-
-    Under a causal mask the padding reaches no real token; padded positions must be left out of every sum.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    index: tuple[int, ...]
-
-    def mask(self) -> torch.Tensor:
-        """[B, T] bool, True at real tokens: the attention mask of models that look to the right."""
-        return torch.arange(self.ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TokenSet:
-    """The windows of one split; entry i of each tuple belongs to window i.
-
-    Args:
-        ids: int64 token ids [T_i] per window, special tokens included.
-        units: number of the unit, unique over all splits.
-        sources: index into `source_names`.
-        documents: source and name of the document, for messages.
-    """
-
-    ids: tuple[torch.Tensor, ...]
-    units: tuple[int, ...]
-    sources: tuple[int, ...]
-    documents: tuple[str, ...]
-    source_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all windows, special ones included."""
-        return sum(map(len, self.ids))
-
-    @property
-    def digest(self) -> str:
-        """Over the ids, units and sources, in order."""
-        parts = [digest(ids.numpy().tobytes()) for ids in self.ids]
-        return digest(",".join(parts), repr(self.units), repr(self.sources), repr(self.source_names))
-
-    def subset(self, tokens: int) -> "TokenSet":
-        """The first windows that hold `tokens` tokens together (all, if the set is smaller)."""
-        held = count = 0
-        while held < tokens and count < len(self):
-            held += len(self.ids[count])
-            count += 1
-        return self._of([(i, self.ids[i]) for i in range(count)])
-
-    def after(self, windows: int) -> "TokenSet":
-        """All but the first `windows` windows."""
-        return self._of([(i, self.ids[i]) for i in range(windows, len(self))])
-
-    def cut(self, length: int) -> "TokenSet":
-        """Every window in pieces of `length` tokens; what is left over is dropped, unless a whole window is shorter."""
-        pieces = [(i, part) for i, ids in enumerate(self.ids) for part in torch.split(ids, length)]
-        return self._of([(i, part) for i, part in pieces if len(part) == min(length, len(self.ids[i]))])
-
-    def _of(self, pieces: Sequence[tuple[int, torch.Tensor]]) -> "TokenSet":
-        """A set of (window that it comes from, ids)."""
-        return TokenSet(
-            ids=tuple(ids for _, ids in pieces),
-            units=tuple(self.units[i] for i, _ in pieces),
-            sources=tuple(self.sources[i] for i, _ in pieces),
-            documents=tuple(self.documents[i] for i, _ in pieces),
-            source_names=self.source_names,
-        )
-
-    def batches(self, tokens_per_batch: int, pad: int = 0) -> list[Batch]:
-        """Every window once, by length, in batches of at most `tokens_per_batch` padded tokens (or of one window)."""
-        rows: list[list[int]] = []
-        for i in sorted(range(len(self)), key=lambda i: len(self.ids[i])):
-            if not rows or (len(rows[-1]) + 1) * len(self.ids[i]) > tokens_per_batch:
-                rows.append([])
-            rows[-1].append(i)
-        return [
-            Batch(
-                ids=torch.nn.utils.rnn.pad_sequence([self.ids[i] for i in row], batch_first=True, padding_value=pad),
-                lengths=torch.tensor([len(self.ids[i]) for i in row]),
-                index=tuple(row),
-            )
-            for row in rows
-        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +150,7 @@ def split(documents: Sequence[Document], tokenizer: Any, sizes: SplitSizes, seed
     sizes, scale, notes = _affordable(sizes, units)
     generator = random.Random(seed)
     wanted = [sizes.calibration, sizes.tuning, *[sizes.held_out] * sizes.looks]
-    sets = _deal(units, [round(scale * tokens) for tokens in wanted], names, generator)
+    sets = _deal(units, [round(scale * tokens) for tokens in wanted], names, encoder, generator)
     _check_dealt(sets, sizes)
     labels = ["calibration", "tuning", *[f"held-out {i + 1}" for i in range(sizes.looks)]]
     for i, name in enumerate(names):
@@ -327,7 +237,11 @@ def _check_dealt(sets: list[TokenSet], sizes: SplitSizes) -> None:
 
 
 def _deal(
-    units: list[list[_Window]], wanted: list[int], names: tuple[str, ...], generator: random.Random
+    units: list[list[_Window]],
+    wanted: list[int],
+    names: tuple[str, ...],
+    encoder: Encoder,
+    generator: random.Random,
 ) -> list[TokenSet]:
     """Deals each source's units to the splits and takes of each split as many windows as are wanted."""
     total = _count(units)
@@ -349,7 +263,7 @@ def _deal(
             dealt[most].append(unit)
         for i, tokens in enumerate(wanted):
             chosen[i].append(_by_rounds(dealt[i], share * tokens, generator))
-    return [_interleaved(windows, names) for windows in chosen]
+    return [_interleaved(windows, names, encoder) for windows in chosen]
 
 
 def _cap(sizes: list[int], tokens: float) -> int:
@@ -381,7 +295,7 @@ def _by_rounds(units: list[list[_Window]], tokens: float, generator: random.Rand
     return taken
 
 
-def _interleaved(windows: list[list[_Window]], names: tuple[str, ...]) -> TokenSet:
+def _interleaved(windows: list[list[_Window]], names: tuple[str, ...], encoder: Encoder) -> TokenSet:
     """Merges the sources so that each is spread evenly over the set."""
     keyed = [((i + 0.5) / len(own), window) for own in windows for i, window in enumerate(own)]
     merged = [window for _, window in sorted(keyed, key=lambda pair: pair[0])]
@@ -391,6 +305,8 @@ def _interleaved(windows: list[list[_Window]], names: tuple[str, ...]) -> TokenS
         sources=tuple(w.source for w in merged),
         documents=tuple(w.document for w in merged),
         source_names=names,
+        prefix=encoder.prefix,
+        suffix=encoder.suffix,
     )
 
 

@@ -6,7 +6,7 @@ purpose when nothing else has read it. A ledger that cannot be read says that ev
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.records import digest
-from lowprec.steps.data import TokenSet
+from lowprec.steps.tokens import TokenSet
 
 NAME = "looked"
 

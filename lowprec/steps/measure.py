@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowprec.steps.calibrate import Progress
-from lowprec.steps.data import TokenSet
 from lowprec.steps.scores import PairedScores, token_scores
 from lowprec.steps.stream import NOTHING, Overlay, Override, Stream
+from lowprec.steps.tokens import TokenSet
 
 Compare = Callable[[Tensor, Tensor, Any], Tensor]
 """(reference output, output, batch) -> [B, columns]; the last column is KL in nats, or what stands for it."""

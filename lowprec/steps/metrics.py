@@ -18,12 +18,13 @@ from torch import Tensor
 from lowprec.errors import ConfigError
 from lowprec.records import Budget
 from lowprec.registry import closest
-from lowprec.steps.data import Splits, TokenSet
+from lowprec.steps.data import Splits
 from lowprec.steps.judge import Looked, judge
 from lowprec.steps.load import Model
 from lowprec.steps.measure import Compare, compare_tokens, compare_vectors, paired
 from lowprec.steps.scores import PairedValues
 from lowprec.steps.tasks import PREFIX, Question, check_above_chance, encode_pair, load_task, paired_answers
+from lowprec.steps.tokens import TokenSet
 
 DECODER_METRICS = ("perplexity", "kl", "top1", f"{PREFIX}FILE")
 TUNING_SHARE = 0.4

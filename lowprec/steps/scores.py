@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowprec.errors import ConfigError, ModelError
-from lowprec.steps.data import Batch, TokenSet
+from lowprec.steps.tokens import Batch, TokenSet
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

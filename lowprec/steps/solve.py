@@ -40,6 +40,7 @@ class Rounder:
 
     Args:
         stream: the model.
+        groups: its groups.
         folder: where solved groups are kept; their files name `inputs`.
         inputs: digests of what the rounding depends on.
         solver: name of the solver for formats of fewer than 8 bits.
@@ -47,15 +48,17 @@ class Rounder:
     """
 
     def __init__(
-        self, stream: Stream, folder: RunFolder, inputs: Mapping[str, str], solver: str = "gptq", workers: int = 2
+        self,
+        stream: Stream,
+        groups: Sequence[Group],
+        folder: RunFolder,
+        inputs: Mapping[str, str],
+        solver: str = "gptq",
+        workers: int = 2,
     ) -> None:
-        self._stream, self._folder, self._inputs = stream, folder, dict(inputs)
+        self._stream, self._groups, self._folder, self._inputs = stream, groups, folder, dict(inputs)
         self._solver, self._workers = solver, workers
-        self._group_of: dict[str, str] = {}
-
-    def know(self, groups: Sequence[Group]) -> None:
-        """Tells which group each layer is in."""
-        self._group_of |= {layer: group.name for group in groups for layer in group.layers}
+        self._group_of = {layer: group.name for group in groups for layer in group.layers}
 
     def solver_of(self, fmt: str) -> str:
         """Formats of few bits are worth an error-compensating solver; at 8 bits plain rounding is nearly lossless."""
@@ -132,13 +135,11 @@ class Rounder:
         weight = self._weight(layer)
         return torch.stack([self.rounded(layer, fmt).dequantize() - weight for fmt in formats])
 
-    def overlay(
-        self, groups: Sequence[Group], schemes: Mapping[str, Scheme], calibration: Calibration
-    ) -> dict[str, Override]:
+    def overlay(self, schemes: Mapping[str, Scheme], calibration: Calibration) -> dict[str, Override]:
         """What the model computes with when `schemes` (group -> scheme) hold, rounded as calibration did."""
         return {
             layer: override(schemes[group.name], calibration, group.name, self._dequantised(layer, schemes[group.name]))
-            for group in groups
+            for group in self._groups
             if schemes[group.name].name != "bf16"
             for layer in group.layers
         }

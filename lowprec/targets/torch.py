@@ -146,7 +146,7 @@ def measure_end_to_end(
     if vocabulary is None:
         raise ModelError(f"{type(model).__name__} has no config with vocab_size: only causal models can be timed")
     tokens = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    forward = _Cached(model)
     deadline = clock() + seconds
     prefill: list[float] = []
     steps: list[float] = []
@@ -154,29 +154,43 @@ def measure_end_to_end(
         # Kernels lay their weights out on first use; that belongs to loading. A prompt that reaches the last bucket of
         # rows, or the whole one if it is shorter, meets the kernels of prefill, one token those of decode.
         rows = math.ceil((BUCKET_LIMITS[-1] + 1) / batch)
-        _forward(model, tokens[:, : min(prompt_tokens, rows)], None, extra)
-        _forward(model, tokens[:, :1], None, extra)
+        forward(tokens[:, : min(prompt_tokens, rows)])
+        forward(tokens[:, :1])
         for repeat in range(REPEATS):
             start = clock()
-            output = _forward(model, tokens, None, extra)
+            logits, cache = forward(tokens)
             prefill.append(clock() - start)
             for step in range(output_tokens):
                 if step >= 4 and clock() > deadline:
                     break
-                token = output.logits[:, -1:].argmax(-1)
+                token = logits[:, -1:].argmax(-1)
                 start = clock()
-                output = _forward(model, token, output.past_key_values, extra)
+                logits, cache = forward(token, cache)
                 steps.append(clock() - start)
             if clock() + prefill[-1] > deadline and repeat:
                 break
     return batch * prompt_tokens / statistics.median(prefill), batch / statistics.median(steps) if steps else 0.0
 
 
-def _forward(model: nn.Module, tokens: torch.Tensor, past: Any, extra: dict[str, int]) -> Any:
-    output = model(input_ids=tokens, past_key_values=past, use_cache=True, **extra)
-    if getattr(output, "past_key_values", None) is None:
-        raise ModelError(f"{type(model).__name__} returned no past_key_values: it cannot be timed with a KV cache")
-    return output
+class _Cached:
+    """A causal model called with a KV cache, by whichever name its version of transformers gives it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        taken = inspect.signature(model.forward).parameters
+        self._model = model
+        # transformers 5.24 renamed it.
+        self._name = "cache" if "cache" in taken else "past_key_values"
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+
+    def __call__(self, tokens: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """[B, T] token ids after what the cache holds -> logits of the last position, and the cache."""
+        output = self._model(input_ids=tokens, use_cache=True, **{self._name: cache}, **self._extra)
+        filled = getattr(output, self._name, None)
+        if filled is None:
+            raise ModelError(
+                f"{type(self._model).__name__} returned no {self._name}: it cannot be timed with a KV cache"
+            )
+        return output.logits, filled
 
 
 TARGETS.register("torch", TorchTarget())

@@ -8,10 +8,10 @@ from torch import nn
 
 from lowprec.settings import Settings
 from lowprec.steps.linear import linear_layers, weight_of
+from lowprec.steps.tokens import BATCH_TOKENS
 
 LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
-BATCH_TOKENS = 512
 PASSES_FORWARD_BACKWARD = 4
 PROBE_SIZE = 1024
 

@@ -1,0 +1,193 @@
+"""Stage 1: splits the text, cuts the model into blocks, finds the groups, strikes out what the target cannot run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lowprec.errors import ConfigError, DataError
+from lowprec.formats import schemes_named
+from lowprec.pipeline.context import Context
+from lowprec.records import Group, Scheme, digest
+from lowprec.results import StruckOut, Unquantised
+from lowprec.settings import Effort
+from lowprec.steps.cost import candidates
+from lowprec.steps.data import Splits, SplitSizes, split
+from lowprec.steps.graph import find_groups
+from lowprec.steps.linear import output_width
+from lowprec.steps.solve import Rounder
+from lowprec.steps.sources import read_sources
+from lowprec.steps.stream import Stream
+from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
+from lowprec.version import __version__
+
+PROBE_WINDOW = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """The model and its text, ready to be measured.
+
+    Attributes:
+        stream: the model in blocks.
+        groups, unquantised: what may be quantised, and what stays as it is.
+        widths: group -> output width of each of its layers.
+        allowed, struck_out: group -> schemes that the target runs, bf16 first; and those that it does not.
+        gathered, probed: the two halves of the calibration text: for Hessians, for the sensitivity.
+        tuning, held_out: what mixes are measured on, and what each look of the judge is taken at.
+        rounder: rounds groups and remembers them.
+        inputs: digests of everything that calibration depends on.
+        metric_key: digest of the metric and of its tuning text.
+    """
+
+    context: Context
+    splits: Splits
+    stream: Stream
+    groups: tuple[Group, ...]
+    unquantised: tuple[Unquantised, ...]
+    widths: Mapping[str, tuple[int, ...]]
+    allowed: Mapping[str, tuple[Scheme, ...]]
+    struck_out: tuple[StruckOut, ...]
+    gathered: Batched
+    probed: Batched
+    tuning: Batched
+    held_out: tuple[TokenSet, ...]
+    rounder: Rounder
+    inputs: Mapping[str, str]
+    metric_key: str
+
+    @property
+    def schemes(self) -> dict[str, tuple[Scheme, ...]]:
+        """Group -> the schemes that quantise it."""
+        return quantising(self.allowed)
+
+    @property
+    def names(self) -> list[str]:
+        """The groups' names, as the model runs."""
+        return [group.name for group in self.groups]
+
+    @property
+    def calibration_batches(self) -> list[Batch]:
+        """All of the calibration text, the probed part last."""
+        return [*self.gathered.batches, *self.probed.batches]
+
+    def documents_of(self, batch: Batch) -> str:
+        """Names the text of a calibration batch, for messages."""
+        data = self.probed.data if any(batch is b for b in self.probed.batches) else self.gathered.data
+        return ", ".join(dict.fromkeys(data.documents[i] for i in batch.index))
+
+
+def quantising(allowed: Mapping[str, tuple[Scheme, ...]]) -> dict[str, tuple[Scheme, ...]]:
+    """Group -> schemes that change its weights."""
+    return {group: tuple(s for s in schemes if s.weight is not None) for group, schemes in allowed.items()}
+
+
+def prepare(context: Context) -> Prepared:
+    """Reads the data and finds the groups.
+
+    Raises:
+        DataError: too little text.
+        ConfigError: a model without a tokenizer, or without a layer to quantise.
+    """
+    settings, model = context.settings, context.model
+    with context.progress.step("data"):
+        splits = _split(context)
+    with context.progress.step("graph"):
+        stream = Stream(model.module, model.forward, example(splits), device=settings.calibration_device)
+        groups, unquantised = find_groups(stream)
+        if not groups:
+            raise ConfigError(f"{model.name} has no linear layer that can be quantised")
+        widths = {g.name: tuple(output_width(stream.layers[layer]) for layer in g.layers) for g in groups}
+        allowed, struck_out = candidates(groups, widths, schemes_named(settings.schemes), context.target)
+    gathered, probed = _halves(splits.calibration, settings.effort)
+    tuning, held_out = context.metric.sets(splits)
+    inputs = _inputs(context, splits, allowed)
+    return Prepared(
+        context=context,
+        splits=splits,
+        stream=stream,
+        groups=groups,
+        unquantised=unquantised,
+        widths=widths,
+        allowed=allowed,
+        struck_out=struck_out,
+        gathered=gathered,
+        probed=probed,
+        tuning=batched(tuning),
+        held_out=held_out,
+        rounder=Rounder(stream, groups, context.folder, inputs, settings.effort.solver, settings.workers),
+        inputs=inputs,
+        metric_key=_metric_key(context, splits, tuning),
+    )
+
+
+def example(splits: Splits) -> Batch:
+    """A few tokens, to find a model's cut with."""
+    ids = splits.calibration.ids[0][:8]
+    return Batch(ids=ids[None], lengths=torch.tensor([len(ids)]), index=(0,))
+
+
+def _split(context: Context) -> Splits:
+    effort = context.settings.effort
+    if context.model.tokenizer is None:
+        raise ConfigError("a model without a tokenizer needs one to read the calibration text: give tokenizer=...")
+    sizes = SplitSizes(
+        calibration=effort.calibration_tokens + effort.sensitivity_tokens,
+        tuning=effort.tuning_tokens,
+        held_out=effort.held_out_tokens,
+        window=effort.window,
+    )
+    splits = split(read_sources(context.settings.data), context.model.tokenizer, sizes, context.settings.seed)
+    context.folder.write_step("data", splits.summary, {"data": splits.calibration.digest})
+    return splits
+
+
+def _halves(whole: TokenSet, effort: Effort) -> tuple[Batched, Batched]:
+    """The text for Hessians and that for the sensitivity; where there is too little, both shrink alike."""
+    share = effort.calibration_tokens / (effort.calibration_tokens + effort.sensitivity_tokens)
+    gathered = whole.subset(round(share * whole.tokens))
+    # More and shorter sequences: the prediction's variance falls with their number.
+    probed = batched(whole.after(len(gathered)).cut(PROBE_WINDOW))
+    if not probed.batches:
+        raise DataError("the calibration text is one single window; give more text")
+    return batched(gathered), probed
+
+
+def _inputs(context: Context, splits: Splits, allowed: Mapping[str, tuple[Scheme, ...]]) -> dict[str, str]:
+    settings = context.settings
+    schemes = {group: [s.name for s in found] for group, found in quantising(allowed).items()}
+    # What only later stages use does not make calibration anew.
+    effort = dataclasses.replace(settings.effort, tuning_tokens=0, held_out_tokens=0, rounds=0)
+    return {
+        "model": context.model.revision,
+        "data": splits.calibration.digest,
+        "schemes": digest(json.dumps(schemes, sort_keys=True)),
+        "output": _output_digest(context, splits),
+        "effort": digest(repr(effort)),
+        "seed": str(settings.seed),
+        "version": __version__,
+    }
+
+
+def _output_digest(context: Context, splits: Splits) -> str:
+    """What the model makes of the example: another configuration or forward function is another model."""
+    with torch.no_grad():
+        output = context.model.forward(context.model.module, example(splits))
+    return f"{float(output.double().abs().mean()):.3e}"
+
+
+def _metric_key(context: Context, splits: Splits, tuning: TokenSet) -> str:
+    budget = context.metric.budget
+    return digest(budget.metric, f"{budget.confidence:g}", tuning.digest, _metric_value(context, splits))
+
+
+def _metric_value(context: Context, splits: Splits) -> str:
+    """What the user's metric says of a changed output; empty where there is no such metric."""
+    model = context.model
+    if model.metric is None:
+        return ""
+    with torch.no_grad():
+        output = model.forward(model.module, example(splits)).float()
+    return f"{float(model.metric(output, output * torch.linspace(0.5, 2, output.shape[-1])).mean()):.3e}"

@@ -1,0 +1,53 @@
+"""Stage 3: what every (group, scheme) costs on the target, for the workload."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowprec.pipeline.prepare import Prepared
+from lowprec.records import CostSample
+from lowprec.steps.cost import GroupCost, group_costs, time_shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Priced:
+    """The timed (or modelled) shapes, and the groups' sums: (group, scheme) -> cost."""
+
+    samples: tuple[CostSample, ...]
+    costs: Mapping[tuple[str, str], GroupCost]
+
+
+def price(prepared: Prepared) -> Priced:
+    """Times every shape in every scheme that the folder has no time of, and adds up the groups."""
+    context = prepared.context
+    target, workload = context.target, context.settings.workload
+    inputs = {
+        "model": context.model.revision,
+        "schemes": prepared.inputs["schemes"],
+        "workload": repr(workload),
+        "target": f"{target.name} on {target.device}",
+        "torch": torch.__version__,
+    }
+    samples: tuple[CostSample, ...] | None = context.folder.read_step("cost", inputs, tuple[CostSample, ...])
+    if samples is None:
+        with context.progress.step("cost", unit="shapes") as step:
+            samples = tuple(
+                time_shapes(prepared.groups, prepared.widths, prepared.allowed, workload, target, step.report)
+            )
+        context.folder.write_step("cost", samples, inputs)
+    else:
+        context.progress.skip("cost", "timed by an earlier run")
+    own_bytes = context.model.dtype.itemsize
+    costs = group_costs(
+        prepared.groups, prepared.widths, prepared.allowed, workload, samples, tied_groups(prepared), own_bytes
+    )
+    return Priced(samples=samples, costs=costs)
+
+
+def tied_groups(prepared: Prepared) -> list[str]:
+    """Groups whose weight is the embedding's own parameter."""
+    embeddings = {id(m.weight) for m in prepared.context.model.module.modules() if isinstance(m, nn.Embedding)}
+    layers = prepared.stream.layers
+    return [g.name for g in prepared.groups if any(id(layers[x].weight) in embeddings for x in g.layers)]

@@ -1,0 +1,221 @@
+"""Stage 7: sums a run up: cost before and after, the frontier, and the report."""
+
+import dataclasses
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+
+from lowprec.economics import dollars_per_million_output_tokens, price_of
+from lowprec.formats import scheme_named
+from lowprec.pipeline.artefact import Artefact, bytes_before, finish, saved, shares
+from lowprec.pipeline.choose import Chosen, options
+from lowprec.pipeline.context import Context
+from lowprec.pipeline.prove import Proved, baseline, optimised
+from lowprec.records import Group, Scheme, Workload
+from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, Report
+from lowprec.steps.allocate import allocate
+from lowprec.steps.check import agreement
+from lowprec.steps.cost import GroupCost, in_unit, stored_bytes
+from lowprec.steps.metrics import in_search_unit, shown
+from lowprec.steps.verify import FIRST_RATIO
+from lowprec.targets.torch import measure_end_to_end
+from lowprec.version import __version__
+
+FRONTIER_BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1)
+NOT_ON_TUNING = "no mix was within the budget on tuning text, and this one came closest"
+UNITS = {"time": "us", "bytes": "bytes", "dollars": "dollars per million output tokens"}
+
+
+def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequence[CheckedPair]) -> Report:
+    """Everything in one record; also completes the artefact's card with the verdict."""
+    prepared, verified, plan = chosen.prepared, chosen.verified, chosen.plan
+    context = prepared.context
+    settings, metric = context.settings, context.metric.budget
+    judgement, accounts = proved.judgement, Accounts(chosen)
+    cost = accounts.cost(artefact)
+    if artefact.path.name == "model":
+        finish(chosen, artefact.path, judgement, cost, artefact.notes)
+    final = verified.chosen
+    return Report(
+        model=context.model.name,
+        target=settings.target if context.target.origin == "measured" else context.target.name,
+        objective=settings.objective,
+        effort=settings.effort.name,
+        verdict=judgement.verdict,
+        verdict_reason=judgement.reason if verified.accepted else f"{judgement.reason}; {NOT_ON_TUNING}",
+        unread_data=not proved.reused,
+        reused=proved.reused,
+        plan=dataclasses.replace(plan, predicted_cost=accounts.total(plan.predicted_cost)),
+        loss=judgement.loss,
+        cost=cost,
+        parity=proved.parity,
+        sensitivity=agreement(pairs, final.allocation.loss, final.measured.kl_nats),
+        schemes=shares(chosen),
+        groups=tuple(accounts.choice(*choice) for choice in plan.groups),
+        unquantised=prepared.unquantised,
+        struck_out=prepared.struck_out,
+        frontier=accounts.frontier(),
+        rounds=tuple((shown(metric, r.predicted), shown(metric, r.measured.loss)) for r in verified.rounds),
+        environment=environment(context),
+        seconds=context.progress.seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        artefact=str(artefact.path),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """A chosen mix in the objective's unit."""
+
+    chosen: Chosen
+
+    @property
+    def _groups(self) -> dict[str, Group]:
+        return {g.name: g for g in self.chosen.prepared.groups}
+
+    @property
+    def _parameters(self) -> int:
+        return sum(g.parameters for g in self.chosen.prepared.groups)
+
+    def cost(self, artefact: Artefact) -> CostResult:
+        """Before and after: predicted by the sum over the layers, measured on the whole model where it runs here."""
+        chosen, context = self.chosen, self.chosen.prepared.context
+        settings, costs = context.settings, chosen.priced.costs
+        before = self._fixed() + sum(self._unit(costs[name, "bf16"]) for name in chosen.prepared.names)
+        after = self._fixed() + sum(self._unit(costs[choice]) for choice in chosen.plan.groups)
+        here = context.target.origin == "measured" and context.model.kind == "decoder"
+        speeds = self._speeds(artefact) if here else None
+        whole, left = bytes_before(chosen), artefact.weight_bytes
+        measured = None if speeds is None else _reduction(speeds, settings.workload)
+        if settings.objective == "bytes":
+            measured = 1.0 - left / whole
+        (prefill_before, decode_before), (prefill_after, decode_after) = speeds or ((None, None), (None, None))
+        return CostResult(
+            workload=settings.workload,
+            objective=settings.objective,
+            unit=UNITS[settings.objective],
+            origin="measured" if settings.objective == "bytes" else context.target.origin,
+            device=context.target.device,
+            baseline="the same runtime, unquantised: every layer bfloat16 in its fastest form",
+            before=before,
+            after=after,
+            reduction_predicted=1.0 - after / before,
+            reduction_measured=measured,
+            effective_bits=self._bits(chosen.schemes),
+            weight_bytes_before=whole,
+            weight_bytes_after=left,
+            prefill_tokens_per_s_before=prefill_before,
+            decode_tokens_per_s_before=decode_before,
+            prefill_tokens_per_s_after=prefill_after,
+            decode_tokens_per_s_after=decode_after,
+        )
+
+    def total(self, allocated: float) -> float:
+        """An allocation's cost with what no allocation changes, as the report shows it."""
+        return self._fixed() + allocated * self._scale()
+
+    def _unit(self, cost: GroupCost) -> float:
+        """The cost in the objective's own unit."""
+        return in_unit(cost, self.chosen.prepared.context.settings.objective) * self._scale()
+
+    def _fixed(self) -> float:
+        """What no allocation changes: the bytes of embeddings and all else that is in no group."""
+        if self.chosen.prepared.context.settings.objective != "bytes":
+            return 0.0
+        costs = self.chosen.priced.costs
+        return bytes_before(self.chosen) - sum(costs[name, "bf16"].bytes for name in self.chosen.prepared.names)
+
+    def _scale(self) -> float:
+        """What one unit of the allocation's cost is in the report: dollars for a microsecond, else itself."""
+        settings = self.chosen.prepared.context.settings
+        if settings.objective != "dollars":
+            return 1.0
+        price = price_of(settings.device, settings.dollars_per_hour)
+        return dollars_per_million_output_tokens(settings.workload, 1.0, price)
+
+    def _bits(self, schemes: Mapping[str, Scheme]) -> float:
+        """Stored bits per parameter of the linear layers, scales and head included."""
+        groups, own = self._groups, self.chosen.prepared.context.model.dtype.itemsize
+        return 8.0 * sum(stored_bytes(groups[name], s, own) for name, s in schemes.items()) / self._parameters
+
+    def _speeds(self, artefact: Artefact) -> tuple[tuple[float, float], tuple[float, float]]:
+        context = self.chosen.prepared.context
+        work = context.settings.workload
+        found = []
+        with context.progress.step("end to end", 2, "models") as step:
+            for model in (baseline(self.chosen), optimised(self.chosen, artefact.solved)):
+                with model as module:
+                    found.append(measure_end_to_end(module, work.prompt_tokens, max(work.output_tokens, 1), work.batch))
+                step.report(len(found), 2)
+        return found[0], found[1]
+
+    def frontier(self) -> tuple[FrontierPoint, ...]:
+        """The cheapest mix for each of some budgets, by the prediction as tuning data corrected it."""
+        chosen, final = self.chosen, self.chosen.verified.chosen
+        metric, names = chosen.prepared.context.metric.budget, chosen.prepared.names
+        known = final.allocation.loss > 0 and final.measured.loss > 0
+        ratio = final.measured.loss / final.allocation.loss if known else FIRST_RATIO
+        points = []
+        for budget in FRONTIER_BUDGETS:
+            mix = allocate(names, options(chosen.scored, chosen.priced), in_search_unit(metric, budget) / ratio)
+            points.append(
+                FrontierPoint(
+                    budget=budget,
+                    predicted_loss=shown(metric, mix.loss * ratio),
+                    cost=self.total(mix.cost),
+                    effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
+                    bytes=bytes_before(chosen) - round(sum(saved(chosen, *choice) for choice in mix.schemes)),
+                    scheme_shares=self._scheme_shares(mix.schemes),
+                )
+            )
+        return tuple(points)
+
+    def _scheme_shares(self, schemes: Sequence[tuple[str, str]]) -> tuple[tuple[str, float], ...]:
+        """Scheme -> share of the linear layers' parameters."""
+        groups, found = self._groups, dict[str, float]()
+        for name, scheme in schemes:
+            found[scheme] = found.get(scheme, 0.0) + groups[name].parameters / self._parameters
+        return tuple(sorted(found.items()))
+
+    def choice(self, name: str, scheme: str) -> GroupChoice:
+        """One group's row of the report."""
+        group = self._groups[name]
+        return GroupChoice(
+            group=name,
+            block=group.block,
+            role=group.role,
+            scheme=scheme,
+            parameters=group.parameters,
+            predicted_kl_nats=self.chosen.scored.predicted.get((name, scheme), 0.0),
+            cost=self._unit(self.chosen.priced.costs[name, scheme]),
+        )
+
+
+def _reduction(speeds: Sequence[tuple[float, float]], work: Workload) -> float:
+    """Share of the workload's time that was saved, by tokens per second before and after."""
+    before, after = (
+        work.prompt_tokens / prefill + (work.output_tokens / decode if work.output_tokens else 0.0)
+        for prefill, decode in speeds
+    )
+    return 1.0 - after / before
+
+
+def environment(context: Context) -> dict[str, str]:
+    """Versions and machine, for the report."""
+    return {
+        "lowprec": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "device": context.target.device,
+        "platform": platform.platform(),
+    }
