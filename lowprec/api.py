@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from torch import nn
 
 from lowprec.artifacts.folder import RunFolder, require_space
 from lowprec.economics import price_of
@@ -94,9 +95,15 @@ def optimize(
         workers=workers,
     )
     with RunFolder(asked.out) as folder, progress or RunProgress() as shown:
-        if not isinstance(model, Model):
+
+        def look(module: nn.Module) -> None:
+            require_fit(module, asked, shown)
+
+        if isinstance(model, Model):
+            look(model.module)
+        else:
             with shown.step("load"):
-                model = load(model, trust_remote_code=trust_remote_code)
+                model = load(model, trust_remote_code=trust_remote_code, before_weights=look)
         found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
         return complete(context_of(model, dataclasses.replace(asked, budget=found), folder, shown))
 
@@ -110,7 +117,6 @@ def default_metric(model: Model) -> str:
 
 def complete(context: Context) -> Report:
     """Takes a run through all of its stages and writes the reports."""
-    require_fit(context)
     prepared = prepare(context)
     scored = score(prepared)
     pairs = check(scored)
@@ -125,22 +131,22 @@ def complete(context: Context) -> Report:
     return report
 
 
-def require_fit(context: Context) -> Estimate:
-    """Says what the run will take, and refuses one that cannot fit.
+def require_fit(module: nn.Module, settings: Settings, progress: RunProgress) -> Estimate:
+    """Says what a run will take, and refuses one that cannot fit; `module` needs no weights (meta device).
 
     Raises:
         UnsupportedError: more memory than there is; names memory and time.
         ArtifactError: less disk than it needs.
     """
-    expected = estimate(context.model.module, context.settings)
+    expected = estimate(module, settings)
     free = psutil.virtual_memory().available
-    context.progress.note(f"expected: {expected}")
+    progress.note(f"expected: {expected}")
     if expected.memory_bytes > free:
         raise UnsupportedError(
             f"the run would take {expected}, but only {free / 1e9:.1f} GB of memory are free",
             ("use a machine with more memory, or --effort fast",),
         )
-    require_space(context.folder.path, expected.disk_bytes)
+    require_space(settings.out, expected.disk_bytes)
     return expected
 
 

@@ -1,6 +1,15 @@
-"""Public names."""
+"""Public names, and what is refused before a run begins."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 import lowprec
+import tiny
+from lowprec.api import optimize
+from lowprec.errors import ArtifactError, UnsupportedError
 
 
 def test_all_public_names_resolve_and_are_listed_where_they_live() -> None:
@@ -11,3 +20,21 @@ def test_all_public_names_resolve_and_are_listed_where_they_live() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(lowprec, "optimise")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.folder(tmp_path / "model")
+
+    def unread(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", unread)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
+    with pytest.raises(UnsupportedError, match=r"GB of memory.* and 0 minutes, but only 0\.1 GB"):
+        optimize(tmp_path / "model", out=tmp_path / "out", effort=tiny.EFFORT)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**12))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(ArtifactError, match="free some space"):
+        optimize(tmp_path / "model", out=tmp_path / "out", effort=tiny.EFFORT)

@@ -276,6 +276,7 @@ def test_a_task_is_a_metric(place: Path, tmp_path: Path) -> None:
             place / "model", tmp_path / "chance", place / "text.jsonl",
             budget=parse_budget("20%", f"task:{tmp_path / 'chance.jsonl'}"),
         )  # fmt: skip
+    assert not (tmp_path / "chance" / "calibration.json").exists(), "refused before anything is spent on it"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from lowprec.steps.cost import candidates
 from lowprec.steps.data import Splits, SplitSizes, split
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import output_width
+from lowprec.steps.measure import compare, run_through
 from lowprec.steps.solve import Rounder
 from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
@@ -89,7 +90,7 @@ def prepare(context: Context) -> Prepared:
 
     Raises:
         DataError: too little text.
-        ConfigError: a model without a tokenizer, or without a layer to quantise.
+        ConfigError: a model without a tokenizer or without a layer to quantise; a task at chance level.
     """
     settings, model = context.settings, context.model
     with context.progress.step("data"):
@@ -104,6 +105,8 @@ def prepare(context: Context) -> Prepared:
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
     inputs = _inputs(context, splits, allowed)
+    metric_key = _metric_key(context, splits, tuning)
+    _require_sight(context, stream, batched(tuning), {"model": inputs["model"], "metric": metric_key})
     return Prepared(
         context=context,
         splits=splits,
@@ -119,8 +122,20 @@ def prepare(context: Context) -> Prepared:
         held_out=held_out,
         rounder=Rounder(stream, groups, context.folder, inputs, settings.effort.solver, settings.workers),
         inputs=inputs,
-        metric_key=_metric_key(context, splits, tuning),
+        metric_key=metric_key,
     )
+
+
+def _require_sight(context: Context, stream: Stream, tuning: Batched, inputs: Mapping[str, str]) -> None:
+    """Refuses a task that the reference answers no better than chance, before anything is spent on it."""
+    metric = context.metric
+    if not metric.may_be_blind or context.folder.read_step("reference", inputs) is not None:
+        return
+    with context.progress.step("reference", stream.depth, "blocks") as step:
+        reference = run_through(stream, tuning.batches, progress=step.report)
+        table = compare(reference, [reference], tuning.batches, metric.compare(tuning.data))[0]
+        metric.looked(table, tuning.data, tuning.batches)
+    context.folder.write_step("reference", {"may be judged": True}, inputs)
 
 
 def example(splits: Splits) -> Batch:

@@ -27,6 +27,7 @@ from lowprec.steps.outcome import Outcome, Tokens, Vector
 from lowprec.steps.stream import Forward
 
 Kind = Literal["decoder", "encoder", "module"]
+Look = Callable[[nn.Module], object]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
@@ -123,8 +124,11 @@ def wrap(
     )
 
 
-def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
+def load(source: str | Path, *, trust_remote_code: bool = False, before_weights: Look = lambda skeleton: None) -> Model:
     """Loads a model by Hugging Face name, from a folder, or from a GGUF file.
+
+    Args:
+        before_weights: is shown the model without its weights (on the meta device) and may refuse it by raising.
 
     Raises:
         ArtifactError, ModelError: missing, truncated or damaged files, unknown architectures, weights that are not
@@ -133,13 +137,14 @@ def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
-        return _load_gguf(path)
+        return _load_gguf(path, before_weights)
     folder = path if path.exists() or str(source).startswith((".", "/", "~")) else _download(str(source))
     check_model_folder(folder, trust_remote_code)
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         decoder = _is_decoder(config)
         auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
+        before_weights(_skeleton(auto, config, trust_remote_code))
         try:
             module, info = auto.from_pretrained(
                 folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
@@ -155,6 +160,13 @@ def load(source: str | Path, *, trust_remote_code: bool = False) -> Model:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} has no tokenizer that loads; save the model's tokenizer beside it") from error
     return _model(module, tokenizer, str(source), decoder, tuple(info["missing_keys"]))
+
+
+def _skeleton(auto: Any, config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a configuration, on the meta device."""
+    with torch.device("meta"):
+        module: nn.Module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    return module
 
 
 def _is_decoder(config: Any) -> bool:
@@ -194,7 +206,7 @@ def _download(name: str) -> Path:
         raise ModelError(f"{name!r} is no local path and cannot be had from the hub ({reason})") from error
 
 
-def _load_gguf(path: Path) -> Model:
+def _load_gguf(path: Path, before_weights: Look) -> Model:
     check_gguf(path)
     try:
         import gguf
@@ -203,6 +215,9 @@ def _load_gguf(path: Path) -> Model:
     folder, name = str(path.parent), path.name
     with quiet(), _read_once(gguf), contextlib.redirect_stderr(io.StringIO()):
         try:
+            stored = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
+            stored.dtype = torch.bfloat16
+            before_weights(_skeleton(transformers.AutoModelForCausalLM, stored))
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
         except (ValueError, KeyError, OSError) as error:

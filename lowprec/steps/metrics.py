@@ -41,6 +41,10 @@ class Metric(Protocol):
     def divergence(self) -> Compare:
         """Compares outputs by KL, or by what stands for it; its last column sums it, its first one counts."""
 
+    @property
+    def may_be_blind(self) -> bool:
+        """Whether the reference itself can be so bad at it that no loss would show; `looked` then raises."""
+
     def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
         """What the metric is measured on: for tuning, and for each look of the judge."""
 
@@ -57,6 +61,7 @@ class TokenMetric:
 
     budget: Budget
     divergence: Compare = compare_tokens
+    may_be_blind: bool = False
 
     def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
         """The text's own splits."""
@@ -78,6 +83,7 @@ class VectorMetric:
     budget: Budget
     divergence: Compare
     value: Compare
+    may_be_blind: bool = False
 
     def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:
         """The text's own splits."""
@@ -117,6 +123,7 @@ class TaskMetric:
     tokenizer: Any
     seed: int
     divergence: Compare = compare_tokens
+    may_be_blind: bool = True
     _asked: dict[str, tuple[_Asked, ...]] = field(default_factory=dict)
 
     def sets(self, splits: Splits) -> tuple[TokenSet, tuple[TokenSet, ...]]:

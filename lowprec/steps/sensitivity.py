@@ -37,7 +37,7 @@ from lowprec.steps.stream import Call, Stream
 Key = tuple[str, str, str]
 Row = dict[Key, Tensor]
 Errors = Callable[[str, Sequence[str]], Tensor]
-"""(layer, weight formats) -> [formats, N, K], the solved minus the original weight."""
+"""(layer, weight formats) -> [formats, N, K] bfloat16, the solved minus the original weight."""
 
 CHUNK_ELEMENTS = 1 << 24
 
@@ -90,9 +90,7 @@ class _Probe:
         self._activations = activations
         self._calibration = calibration
         self._errors = {
-            layer: errors(layer, weights[group.name]).to(stream.device, torch.bfloat16)
-            for group in groups
-            for layer in group.layers
+            layer: errors(layer, weights[group.name]).to(stream.device) for group in groups for layer in group.layers
         }
         self._weights = weights
         self._input: dict[str, Tensor] = {}

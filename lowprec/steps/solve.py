@@ -131,9 +131,13 @@ class Rounder:
         return solved[layer]
 
     def errors(self, layer: str, formats: Sequence[str]) -> Tensor:
-        """[formats, N, K]: what rounding changed of the layer's weight."""
+        """[formats, N, K] bfloat16: what rounding changed of the layer's weight."""
         weight = self._weight(layer)
-        return torch.stack([self.rounded(layer, fmt).dequantize() - weight for fmt in formats])
+        found = torch.empty(len(formats), *weight.shape, dtype=torch.bfloat16)
+        # One after the other: all formats of a large head in float32 would be the most memory that a run takes.
+        for into, fmt in zip(found, formats, strict=True):
+            into.copy_(self.rounded(layer, fmt).dequantize().sub_(weight))
+        return found
 
     def overlay(self, schemes: Mapping[str, Scheme], calibration: Calibration) -> dict[str, Override]:
         """What the model computes with when `schemes` (group -> scheme) hold, rounded as calibration did."""
