@@ -13,7 +13,8 @@ from lowprec.version import __version__
 if TYPE_CHECKING:
     from lowprec.api import complete, optimize
     from lowprec.artifacts.compressed_tensors import write_artefact as export
-    from lowprec.artifacts.loading import load_artefact
+    from lowprec.artifacts.loading import apply_artefact, load_artefact
+    from lowprec.artifacts.own_form import write_own_form as export_own
     from lowprec.errors import (
         ArtifactError,
         BudgetError,
@@ -58,10 +59,12 @@ _HOME = {
     "UnsupportedError": "errors:UnsupportedError",
     "Workload": "records:Workload",
     "allocate": "steps.allocate:allocate",
+    "apply_artefact": "artifacts.loading:apply_artefact",
     "calibrate": "steps.calibrate:calibrate",
     "complete": "api:complete",
     "cost": "steps.cost:time_shapes",
     "export": "artifacts.compressed_tensors:write_artefact",
+    "export_own": "artifacts.own_form:write_own_form",
     "frontier": "steps.allocate:frontier",
     "graph": "steps.graph:find_groups",
     "judge": "steps.judge:judge",
@@ -95,10 +98,12 @@ __all__ = [
     "Workload",
     "__version__",
     "allocate",
+    "apply_artefact",
     "calibrate",
     "complete",
     "cost",
     "export",
+    "export_own",
     "frontier",
     "graph",
     "judge",

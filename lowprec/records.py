@@ -19,6 +19,8 @@ SCHEMA_VERSION = 1
 Origin = Literal["measured", "modelled"]
 Verdict = Literal["within", "over", "inconclusive"]
 Objective = Literal["time", "bytes", "dollars"]
+ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers"]
+"""What an artefact's folder holds; the last is quantised layers alone, for a module that the user has."""
 R = TypeVar("R")
 
 
@@ -163,7 +165,7 @@ def from_json(cls: type[R], text: str) -> R:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{cls.__name__} is not JSON ({error}); delete the file to have it made again") from error
+        raise ConfigError(f"{cls.__name__} is not JSON ({error})") from error
     found = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, dict) else None
     if found != SCHEMA_VERSION:
         raise ConfigError(f"{cls.__name__} has schema version {found}, this version reads {SCHEMA_VERSION}")

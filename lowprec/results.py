@@ -5,7 +5,7 @@ Everything is measured unless its `origin` says modelled; loss is that of the lo
 
 from dataclasses import dataclass, field
 
-from lowprec.records import SCHEMA_VERSION, Objective, Origin, PrecisionPlan, Verdict, Workload
+from lowprec.records import SCHEMA_VERSION, ArtefactForm, Objective, Origin, PrecisionPlan, Verdict, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,4 +188,5 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     artefact: str = ""
+    artefact_form: ArtefactForm = "compressed-tensors"
     schema_version: int = SCHEMA_VERSION

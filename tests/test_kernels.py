@@ -1,5 +1,6 @@
 """The ops against float64 over the same operands, every registered kernel by one contract, and the clock."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -198,6 +199,24 @@ def test_kernel_contract(k_: Kernel) -> None:
         assert relative_error(y, slow.linear64(weight, k_.activation, x)) <= TOLERANCE
         assert torch.equal(weight.codes.view(torch.uint8), before.view(torch.uint8))
     assert ran or k_.supports(1, 16, 32, group) is not None
+
+
+def _off_the_line(tensor: Tensor) -> Tensor:
+    """The same values eight bytes behind a cache line, as a tensor that is memory-mapped from a file may lie."""
+    room = torch.zeros(tensor.nbytes + 72, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + 8
+    placed = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return placed.copy_(tensor)
+
+
+@pytest.mark.parametrize("k_", ON_CPU, ids=_label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_take_tensors_from_anywhere(k_: Kernel, dtype: torch.dtype) -> None:
+    weight = operands(k_.weight, 48, 128)
+    if k_.supports(8, 48, 128, weight.group_size) is None:
+        x = _random(8, 128, seed=7).to(dtype)
+        placed = dataclasses.replace(weight, codes=_off_the_line(weight.codes))
+        assert torch.equal(k_.run(k_.prepare(placed), _off_the_line(x)), k_.run(k_.prepare(weight), x))
 
 
 @pytest.mark.parametrize("k_", ON_CPU, ids=_label)

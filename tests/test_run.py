@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import lowprec
 import tiny
 from lowprec.api import optimize
 from lowprec.artifacts.digests import verify_digests
@@ -215,7 +216,24 @@ def test_other_decoders_run_too(name: str, tmp_path: Path) -> None:
     report = run(tmp_path / "model", tmp_path / "out", tiny.text(tmp_path / "text.jsonl"))
     assert report.parity.codes_equal
     assert report.parity.holds
-    assert (report.artefact.endswith("solved")) == (name == "gpt2"), "Conv1D has no compressed-tensors form"
+    assert (report.artefact_form == "lowprec") == (name == "gpt2"), "Conv1D has no compressed-tensors form"
+    assert_complete(tmp_path / "out", report)
+    module, tokenizer = lowprec.load_artefact(report.artefact)
+    assert check_probe(module, Path(report.artefact)) < 1e-2
+    assert tokenizer is not None
+
+
+def assert_complete(out: Path, report: Report) -> None:
+    """The artefact is in its place, its files are those of its digests, and it weighs what the report says."""
+    folder = out / "model"
+    assert report.artefact == str(folder)
+    assert verify_digests(folder) == ()
+    assert report.verdict in (folder / "README.md").read_text()
+    if report.artefact_form == "lowprec":
+        tensors, _ = load_tensors(folder / "lowprec.safetensors")
+        assert report.cost.weight_bytes_after == sum(t.nbytes for t in tensors.values())
+        assert report.cost.after == pytest.approx(report.cost.weight_bytes_after, rel=0.001)
+        assert "no compressed-tensors checkpoint" in (folder / "README.md").read_text()
 
 
 def test_an_encoder_is_a_library_call(tmp_path: Path) -> None:
@@ -234,6 +252,54 @@ def test_an_encoder_is_a_library_call(tmp_path: Path) -> None:
     assert 0 <= report.loss.relative < 0.02
     assert report.loss.perplexity_before is None
     assert report.cost.reduction_measured is not None
+    assert report.artefact_form == "lowprec"
+    assert_complete(tmp_path / "out", report)
+
+
+class Tagger(torch.nn.Module):
+    """A module that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(tiny.WORDS, 64)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> [B, 64]."""
+        x: torch.Tensor = self.embedding(ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x.mean(1)
+
+
+def test_a_plain_module_gets_an_artefact_that_goes_into_it(tmp_path: Path) -> None:
+    def embed(module: Any, batch: Any) -> torch.Tensor:
+        out: torch.Tensor = module(batch.ids)
+        return out
+
+    module = Tagger().eval()
+    untouched = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    settings: dict[str, Any] = {
+        "budget": "0.05 abs", "objective": "bytes", "effort": tiny.EFFORT, "data": [tiny.text(tmp_path / "text.jsonl")],
+    }  # fmt: skip
+    report = optimize(wrap(module, embed, tokenizer=tiny.tokenizer()), out=tmp_path / "out", **settings)
+    assert report.artefact_form == "lowprec-layers"
+    assert report.parity.holds
+    assert report.parity.kl_nats == pytest.approx(0.0, abs=1e-9)
+    assert_complete(tmp_path / "out", report)
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in module.state_dict().items())
+    ids = tiny.batch()
+    changed = lowprec.apply_artefact(Tagger().eval(), report.artefact)
+    with torch.no_grad():
+        assert 0 < float((changed(ids) - module(ids)).norm() / module(ids).norm()) < 0.5
+    stays = report.cost.weight_bytes_before - sum(layer.weight.nbytes for layer in module.layers)
+    codes, _ = load_tensors(Path(report.artefact) / "lowprec.safetensors")
+    assert report.cost.weight_bytes_after == stays + sum(t.nbytes for t in codes.values())
+    # A function that answers from a module of its own would have the original judged in the artefact's place.
+    closed = wrap(module, lambda _, batch: module(batch.ids), tokenizer=tiny.tokenizer())
+    with pytest.raises(ModelError, match="module that it is given"):
+        optimize(closed, out=tmp_path / "closed", **settings)
 
 
 def test_static_activations_and_chosen_schemes(place: Path, tmp_path: Path) -> None:

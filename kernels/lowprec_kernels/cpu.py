@@ -18,9 +18,10 @@
 
 Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits: 2 x 255 x 127 saturates, silently. `_saturates` asks
 the processor once and `qlinear-u8` is then refused with that reason; 2 x 127 x 127 fits, hence the split form.
-Traps that are kept out: s8 activations in qlinear_pointwise and float32 activations in the pack operators (both fall
-to scalar code). Left out: per-tensor dynamic quantisation, FP8 matmuls (the CPU ones are scalar: FP8 is computed by
-dequantising and so loses by its measured time), and fp16.
+Traps that are kept out: _weight_int8pack_mm on tensors that do not begin on a cache line (with AVX-512 it crashes the
+process), s8 activations in qlinear_pointwise and float32 activations in the pack operators (both fall to scalar code).
+Left out: per-tensor dynamic quantisation, FP8 matmuls (the CPU ones are scalar: FP8 is computed by dequantising and so
+loses by its measured time), and fp16.
 """
 
 import functools
@@ -37,6 +38,7 @@ from lowprec_kernels.packing import INT4_OFFSET, unpack_nibbles
 # Most weights that one block of a dequantising form upcasts: 4 MiB in float32, so that the block stays in cache.
 BLOCK_WEIGHTS = 1 << 20
 UNSIGNED_ZERO = 128
+CACHE_LINE = 64
 
 
 def _always(n: int, k: int, group_size: int | None) -> str | None:
@@ -121,14 +123,19 @@ def _check_int8pack(n: int, k: int, group_size: int | None) -> str | None:
     return _needs_operator("aten", "_weight_int8pack_mm")
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, copied when it does not begin on a cache line: a slice, or memory-mapped from a file."""
+    return tensor if tensor.data_ptr() % CACHE_LINE == 0 else tensor.clone()
+
+
 def _int8pack_layout(operands: Operands) -> tuple[Tensor, ...]:
-    return operands.codes.contiguous(), operands.scales().flatten().to(torch.bfloat16)
+    return _aligned(operands.codes.contiguous()), operands.scales().flatten().to(torch.bfloat16)
 
 
 def _int8pack(activation: ActivationKind | None) -> Kernel:
     def compute(state: State, x: Tensor) -> Tensor:
         values, row_scale = _input(state, x, activation)
-        y = torch.ops.aten._weight_int8pack_mm(values.to(torch.bfloat16), *state.tensors)
+        y = torch.ops.aten._weight_int8pack_mm(_aligned(values.to(torch.bfloat16)), *state.tensors)
         return _finish(y, row_scale, None, state.operands.bias)
 
     name = "int8pack" if activation is None else "int8pack-codes"

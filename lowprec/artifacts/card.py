@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowprec.artifacts.folder import write_text
-from lowprec.records import PrecisionPlan, Verdict
+from lowprec.records import ArtefactForm, PrecisionPlan, Verdict
 from lowprec.results import CostResult, LossResult, SchemeShare
 
 FILE_NAME = "README.md"
@@ -19,16 +19,44 @@ VERDICTS: dict[Verdict, str] = {
 }
 
 
-def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool) -> str:
-    lines = ["---", "library_name: transformers"]
+LOADING: dict[ArtefactForm, str] = {
+    "compressed-tensors": "With transformers and compressed-tensors installed; weights become dense, so this saves "
+    "disk space, not memory.",
+    "lowprec": "With lowprec; weights become dense. Other libraries do not know this form. To keep the codes packed in "
+    "memory and run lowprec's kernels: lowprec.apply_artefact(model, folder, runtime=True).",
+    "lowprec-layers": "With lowprec, into the module that was optimised, with its own weights; other libraries do not "
+    "know this form. runtime=True keeps the codes packed in memory and runs lowprec's kernels.",
+}
+"""How each form is loaded, in words; `load_snippet` has the code."""
+
+
+def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
+    """Python that loads the artefact; `folder` is its place as a literal."""
+    auto = "AutoModelForCausalLM" if decoder else "AutoModel"
+    if form == "lowprec":
+        return f"import lowprec\n\nfolder = {folder}\nmodel, tokenizer = lowprec.load_artefact(folder)"
+    if form == "lowprec-layers":
+        return f"import lowprec\n\nfolder = {folder}\nlowprec.apply_artefact(module, folder)"
+    return (
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"folder = {folder}\n"
+        f'model = {auto}.from_pretrained(folder, dtype="bfloat16")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    )
+
+
+def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool, form: ArtefactForm) -> str:
+    standard = form == "compressed-tensors"
+    lines = ["---", f"library_name: {'transformers' if standard else 'lowprec'}"]
     # A local folder is no name on the hub, and the hub refuses such a base model.
     if plan.model.count("/") == 1 and not plan.model.startswith((".", "/", "~")):
         lines += [f"base_model: {plan.model}", "base_model_relation: quantized"]
     if licence:
         lines.append(f"license: {licence}")
     lines.append(f"pipeline_tag: {'text-generation' if decoder else 'feature-extraction'}")
-    lines += ["quantization: compressed-tensors", "tags:"]
-    lines += [f"- {tag}" for tag in ("lowprec", "compressed-tensors", "mixed-precision", "quantized")]
+    lines += [f"quantization: {'compressed-tensors' if standard else 'lowprec'}", "tags:"]
+    kinds = ("lowprec", "compressed-tensors") if standard else ("lowprec",)
+    lines += [f"- {tag}" for tag in (*kinds, "mixed-precision", "quantized")]
     return "\n".join([*lines, "---"])
 
 
@@ -61,26 +89,16 @@ def _cost_lines(cost: CostResult) -> list[str]:
     ]
 
 
-def _usage(decoder: bool) -> str:
-    auto = "AutoModelForCausalLM" if decoder else "AutoModel"
-    text = f"""## Use
-
-With transformers (needs `compressed-tensors`; weights become dense, so this saves disk space, not memory):
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained(FOLDER, dtype="bfloat16")
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-```
-"""
-    if decoder:
+def _usage(decoder: bool, form: ArtefactForm) -> str:
+    code = load_snippet(form, '"FOLDER"', decoder)
+    text = f"## Use\n\n{LOADING[form]}\n\n```python\n{code}\n```\n"
+    if decoder and form == "compressed-tensors":
         text += "\nWith vLLM:\n\n```sh\nvllm serve FOLDER --dtype bfloat16\n```\n"
     return (
         text
         + """
-To check a copy: `digests.json` has the SHA-256 of every file, `probe.safetensors` the scored model's answers to a few
-tokens (`lowprec.artifacts.probe.check_probe(model, folder)`).
+To check a copy: `digests.json` has the SHA-256 of every file, `probe.safetensors` (of decoders) the scored model's
+answers to a few tokens (`lowprec.artifacts.probe.check_probe(model, folder)`).
 """
     )
 
@@ -95,6 +113,7 @@ def model_card(
     notes: Sequence[str] = (),
     licence: str | None = None,
     decoder: bool = True,
+    form: ArtefactForm = "compressed-tensors",
 ) -> str:
     """The text of README.md.
 
@@ -105,9 +124,10 @@ def model_card(
         notes: what runtimes refuse or do differently (`WrittenArtefact.runtime_notes`).
         licence: the base model's licence identifier, when known.
         decoder: False for encoders, which are loaded by another class.
+        form: what the folder holds, which says how it is loaded.
     """
     title = plan.model.rstrip("/").rpartition("/")[2] or plan.model
-    parts = [_front_matter(plan, licence, decoder), "", f"# {title}, mixed precision", ""]
+    parts = [_front_matter(plan, licence, decoder, form), "", f"# {title}, mixed precision", ""]
     parts += [
         f"Quantised by lowprec for the target `{plan.target}` with the solver `{plan.solver}`, layer group by layer "
         f"group, to the cheapest mix ({plan.objective}) whose {plan.budget.metric} changes by at most "
@@ -127,7 +147,7 @@ def model_card(
         names = [name for _, name in plan.groups]
         parts += ["| scheme | groups |", "|---|---|"]
         parts += [f"| {name} | {names.count(name)} |" for name in sorted(set(names))]
-    parts += ["", _usage(decoder)]
+    parts += ["", _usage(decoder, form)]
     if notes:
         parts += ["## Limits", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(parts)

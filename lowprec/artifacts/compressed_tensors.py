@@ -11,7 +11,8 @@ renamed into it. One tensor at a time is in memory. Tied embeddings: when the he
 not, the two part (`tie_word_embeddings` false, the embedding stored as it is); otherwise the tie stays, stored once.
 
 Source: github.com/vllm-project/compressed-tensors (configuration classes, packing of codes into int32).
-Left out: Conv1D and fused experts (see `ct_schemes.unsupported`), asymmetric grids, sparsity, KV-cache schemes.
+Left out: Conv1D (see `ct_schemes.unsupported` and `own_form`), fused experts, asymmetric grids, sparsity, KV-cache
+schemes.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import compressed_tensors
 import torch
@@ -41,8 +42,10 @@ from lowprec.records import Scheme
 
 SHARD_BYTES = 5_000_000_000
 DIGESTS = "digests.json"
+OWN_FORM = "lowprec.json"
 INDEX = "model.safetensors.index.json"
 CONFIG_BYTES = 50_000_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,7 +119,7 @@ def plan_artefact(
     head = any(layer == skeleton.head for layer in quantized)
     return ArtefactPlan(
         entries=tuple(sorted(entries, key=lambda e: e.name)),
-        config=_model_config(config, untied, dtype),
+        config=model_config(config, untied, dtype),
         quantization=_quantization(quantized, [name for name in skeleton.linears if name not in quantized]),
         untied=untied,
         runtime_notes=runtime_notes(quantized.values(), head),
@@ -184,7 +187,8 @@ def _quantization(quantized: Mapping[str, Scheme], ignore: Sequence[str]) -> dic
     return {**plain, "version": compressed_tensors.__version__}
 
 
-def _model_config(config: Any, untied: bool, dtype: torch.dtype) -> Any:
+def model_config(config: Any, untied: bool, dtype: torch.dtype) -> Any:
+    """A copy of `config` for weights in `dtype`, without tied embeddings when the two have parted."""
     config = copy.deepcopy(config)
     config.dtype = dtype
     if untied:
@@ -245,17 +249,32 @@ def write_artefact(
         fused=fused,
         dtype=dtype,
     )
+
+    def fill(folder: Path) -> int:
+        shards = _write_weights(folder, plan.entries, shard_bytes)
+        write_texts(folder, plan, tokenizer, generation_config)
+        if finish is not None:
+            finish(folder)
+        return shards
+
+    shards = write_folder(path, plan.bytes, fill)
+    return WrittenArtefact(path=path, weight_bytes=plan.bytes, shards=shards, runtime_notes=plan.runtime_notes)
+
+
+def write_folder(path: Path, weight_bytes: int, fill: Callable[[Path], T]) -> T:
+    """Lets `fill` make a folder beside `path`, then puts it in place; on failure an earlier artefact stays.
+
+    Raises:
+        ArtifactError: disk full, folder not writable, or `path` holds something that is no artefact.
+    """
     fresh, old = _siblings(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         _check_place(path)
-        require_space(path.parent, plan.bytes + CONFIG_BYTES)
+        require_space(path.parent, weight_bytes + CONFIG_BYTES)
         fresh.mkdir()
-        shards = _write_weights(fresh, plan.entries, shard_bytes)
-        _write_texts(fresh, plan, tokenizer, generation_config)
-        if finish is not None:
-            finish(fresh)
+        result = fill(fresh)
         sync_folder(fresh)
         _exchange(path, fresh, old)
     except BaseException as error:
@@ -264,7 +283,7 @@ def write_artefact(
         if isinstance(error, OSError):
             raise explained(path, error) from error
         raise
-    return WrittenArtefact(path=path, weight_bytes=plan.bytes, shards=shards, runtime_notes=plan.runtime_notes)
+    return result
 
 
 def _check_place(path: Path) -> None:
@@ -279,7 +298,7 @@ def _check_place(path: Path) -> None:
     except (OSError, ValueError):
         earlier = False
     # A mix that leaves every layer as it is has no quantization_config; its digests tell that it is ours.
-    if not earlier and not (path / DIGESTS).exists():
+    if not earlier and not any((path / name).exists() for name in (DIGESTS, OWN_FORM)):
         raise ArtifactError(path, "holds files that are no earlier artefact; choose an empty or a new folder")
 
 
@@ -317,7 +336,8 @@ def _write_weights(folder: Path, entries: Sequence[TensorEntry], shard_bytes: in
     return count
 
 
-def _write_texts(folder: Path, plan: ArtefactPlan, tokenizer: Any, generation_config: Any) -> None:
+def write_texts(folder: Path, plan: ArtefactPlan, tokenizer: Any, generation_config: Any) -> None:
+    """Writes config.json, and the files of the tokenizer and of the generation defaults where there are any."""
     plan.config.save_pretrained(folder)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if plan.quantization:

@@ -108,9 +108,9 @@ def check_layers(
             if reason is None and layer not in solved:
                 reason = f"planned as {scheme.name}, but not solved"
             if reason is None:
-                reason = _weight_reason(module, scheme, solved[layer])
+                reason = weight_reason(tuple(module.weight.shape), scheme, solved[layer])  # type: ignore[arg-type]
             if reason is None:
-                reason = _scale_reason(scheme, input_scales.get(layer))
+                reason = scale_reason(scheme, input_scales.get(layer))
             if reason:
                 reasons.append(f"{layer}: {reason}")
     reasons += _fused_reasons(skeleton, schemes, input_scales, fused)
@@ -118,8 +118,9 @@ def check_layers(
         raise UnsupportedError("this model cannot be written as compressed-tensors", tuple(reasons))
 
 
-def _weight_reason(module: Any, scheme: Scheme, weight: QuantizedWeight) -> str | None:
-    n, k = tuple(module.weight.shape)
+def weight_reason(shape: tuple[int, int], scheme: Scheme, weight: QuantizedWeight) -> str | None:
+    """Why `weight` cannot be stored for a layer of `shape` [N, K] in `scheme`, or None when it can."""
+    n, k = shape
     form = WEIGHT_FORMATS[weight.format]
     codes, scale = weight.codes, weight.scale
     if weight.format != scheme.weight:
@@ -147,7 +148,8 @@ def _weight_reason(module: Any, scheme: Scheme, weight: QuantizedWeight) -> str 
     return None
 
 
-def _scale_reason(scheme: Scheme, scale: float | None) -> str | None:
+def scale_reason(scheme: Scheme, scale: float | None) -> str | None:
+    """Why `scale` cannot be the input scale of a layer in `scheme`, or None when it can."""
     static = scheme.activation is not None and not ACTIVATION_FORMATS[scheme.activation].dynamic
     if not static:
         return None if scale is None else f"{scheme.name} takes no input scale"

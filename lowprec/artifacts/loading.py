@@ -1,4 +1,8 @@
-"""Loads an artefact back: through plain transformers to run it, and straight from its files to compare codes.
+"""Loads an artefact back: as a model to run, into a module of the user's, or straight from its files to compare codes.
+
+Both forms are read here: compressed-tensors folders through plain transformers, lowprec's own form (`own_form`) by
+putting its layers into the module that they were made from (`apply_artefact`), which `load_artefact` builds where the
+folder has the whole model.
 
 What transformers 5.23 with compressed-tensors 0.20 does with such a folder (seen by running it):
 
@@ -16,8 +20,9 @@ scored with, which are also those of vLLM's kernels; `activations="library"` lea
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,15 +35,22 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization.lifecycle import apply as ct_apply
 from torch import Tensor, nn
 
-from lowprec.artifacts.compressed_tensors import INDEX, recover
+from lowprec.artifacts.compressed_tensors import INDEX, OWN_FORM, recover
 from lowprec.artifacts.ct_checks import architecture_of
+from lowprec.artifacts.own_form import Manifest, form_of, kept_tensors, read_own_form
 from lowprec.artifacts.safetensors_io import load_tensors, read_header
-from lowprec.errors import ArtifactError
+from lowprec.artifacts.source import weights_digest
+from lowprec.errors import ArtifactError, ConfigError, ModelError
 from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.schemes import SCHEMES
 from lowprec.records import Scheme
+from lowprec.registry import closest
+from lowprec.runtime import KernelTable, convert_
+from lowprec.runtime.convert import linear_layers, stored_weight, weight_of
 
 Activations = Literal["planned", "library"]
+MARK = "lowprec_artefact"
+"""Attribute of a module that names the artefact (`Manifest.key`) that was put into it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,6 +115,8 @@ def read_back(path: Path | str) -> dict[str, QuantizedWeight]:
         ArtifactError: missing, damaged, or not written by lowprec.
     """
     path = Path(path)
+    if form_of(path) != "compressed-tensors":
+        return read_own_form(path)[1]
     files = _files_of(path)
     return {layer: _read_layer(path, files, layer, scheme) for layer, scheme in schemes_of(path).items()}
 
@@ -159,37 +173,71 @@ def quiet() -> Iterator[None]:
 def load_artefact(
     path: Path | str, dtype: torch.dtype = torch.float32, *, activations: Activations = "planned"
 ) -> tuple[Any, Any]:
-    """Loads the artefact through plain transformers and turns it into a model of dense weights.
+    """Loads the artefact as a model of dense weights, through plain transformers where the form is theirs.
 
     Args:
         path: the artefact's folder.
         dtype: what weights and computation are in; float32 makes the weights exactly `codes * scale`.
-        activations: who rounds them; see the module's docstring.
+        activations: who rounds them; see the module's docstring. lowprec's own form knows "planned" alone.
 
     Returns:
         The model in eval mode, and the tokenizer or None when the folder has none.
 
     Raises:
-        ArtifactError: missing or damaged files, or tensors that the model does not take.
+        ArtifactError: missing or damaged files, tensors that the model does not take, or layers for a module of the
+            user's (those are for `apply_artefact`).
+        ConfigError: library rounding of an artefact that no library knows.
     """
     path = Path(path)
     if not path.exists():
         recover(path)
-    schemes = schemes_of(path)
-    _files_of(path)
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        model, info = architecture_of(config).from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-        if wrong:
-            raise ArtifactError(path, f"does not fit its model: {wrong}; write or copy the artefact again")
-        _decompress(model, schemes if activations == "planned" else None)
+        if form_of(path) == "compressed-tensors":
+            schemes = schemes_of(path)
+            _files_of(path)
+            model = _built(path, dtype)
+            _decompress(model, schemes if activations == "planned" else None)
+        elif activations == "planned":
+            model = _load_own(path, dtype)
+        else:
+            raise ConfigError(f"{path} is in lowprec's own form: load it with activations='planned'")
         tokenizer = None
         if (path / "tokenizer_config.json").exists():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def _built(
+    path: Path, dtype: torch.dtype, state: dict[str, Tensor] | None = None, absent: frozenset[str] = frozenset()
+) -> Any:
+    """The model of the folder's configuration with its weights, or with those in `state`, which lacks `absent`."""
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    model, info = architecture_of(config).from_pretrained(
+        path if state is None else None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    info["missing_keys"] = set(info["missing_keys"]) - absent
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise ArtifactError(path, f"does not fit its model: {wrong}; write or copy the artefact again")
+    return model
+
+
+def _load_own(path: Path, dtype: torch.dtype) -> Any:
+    manifest, solved = read_own_form(path)
+    if manifest.form == "lowprec-layers":
+        raise ArtifactError(
+            path,
+            f"has only the quantised layers of a {manifest.module}; make that module with its own weights and call "
+            "lowprec.apply_artefact(module, path)",
+        )
+    _config_of(path)
+    model = _built(path, dtype, kept_tensors(path, manifest), frozenset(f"{layer}.weight" for layer in solved))
+    return put_into(model, manifest, solved)
 
 
 def _decompress(model: Any, planned: dict[str, Scheme] | None) -> None:
@@ -206,3 +254,93 @@ def _decompress(model: Any, planned: dict[str, Scheme] | None) -> None:
     # The library would do the same at the first forward pass, and not at all when a submodule is called directly.
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.compressor.remove_decompression_hook(model)
+
+
+def apply_artefact(
+    module: nn.Module, path: Path | str, *, runtime: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Puts the layers of an artefact of lowprec's own form into `module`, in place, and returns it.
+
+    Args:
+        module: the model that was optimised, with the very weights it had then; or one that this artefact was put into
+            before, or `load_artefact` made from it.
+        path: the artefact's folder.
+        runtime: False: each layer keeps its class, has the dense weight `codes * scale`, and rounds its input by a
+            hook. True: each becomes a `QuantLinear`, which keeps the packed codes and runs the kernels that are the
+            fastest here (each shape is timed once, now).
+        dtype: what all of the module is cast to; None leaves it. In float32 the dense weights are exactly
+            `codes * scale`.
+
+    Raises:
+        ArtifactError: a missing or damaged artefact, or one of another form.
+        ModelError: another model or other weights than those that the artefact was made from.
+        UnsupportedError: no kernel here runs a layer's scheme.
+    """
+    path = Path(path)
+    if not path.exists():
+        recover(path)
+    if not (path / OWN_FORM).exists() and (path / "config.json").exists():
+        raise ArtifactError(path, f"has no {OWN_FORM}: load a compressed-tensors artefact with lowprec.load_artefact")
+    manifest, solved = read_own_form(path)
+    _check_belongs(module, path, manifest)
+    if dtype is not None:
+        module.to(dtype)
+    return put_into(module, manifest, solved, runtime)
+
+
+def _check_belongs(module: nn.Module, path: Path, manifest: Manifest) -> None:
+    known = linear_layers(module)
+    for layer in manifest.layers:
+        if layer.name not in known:
+            near = closest(layer.name, list(known)).partition("known:")[0]
+            raise ModelError(
+                f"this {type(module).__name__} has no linear layer {layer.name}, which {path} replaces; {near}"
+                f"give the {manifest.module} that was optimised, unconverted"
+            )
+        found = tuple(weight_of(known[layer.name]).shape)
+        if found != (layer.n, layer.k):
+            raise ModelError(
+                f"{layer.name} is {list(found)}, {path} has codes for {[layer.n, layer.k]}; "
+                f"give the {manifest.module} that was optimised"
+            )
+    # Once changed, its weights tell no more where they are from; what changed it does.
+    found_digest = manifest.revision if getattr(module, MARK, None) == manifest.key else weights_digest(module)
+    if found_digest != manifest.revision:
+        raise ModelError(
+            f"the weights of this {type(module).__name__} have the digest {found_digest}, {path} was made from "
+            f"{manifest.revision} ({manifest.model}); give the model with the same weights in the same precision as "
+            "when it was optimised (cast it by dtype=...)"
+        )
+
+
+def put_into(
+    module: nn.Module, manifest: Manifest, solved: Mapping[str, QuantizedWeight], runtime: bool = False
+) -> nn.Module:
+    """Replaces the layers without asking whose they are; see `apply_artefact`."""
+    layers = linear_layers(module)
+    scales = {x.name: torch.tensor(x.input_scale) for x in manifest.layers if x.input_scale is not None}
+    if runtime and solved:
+        like = weight_of(layers[next(iter(solved))])
+        placed = {
+            name: dataclasses.replace(w, codes=w.codes.to(like.device), scale=w.scale.to(like.device))
+            for name, w in solved.items()
+        }
+        schemes = {layer.name: layer.scheme for layer in manifest.layers}
+        table = KernelTable(device=like.device.type, dtype=like.dtype)
+        convert_(module, placed, schemes, kernels=table, activation_scales=scales)
+    else:
+        for layer in manifest.layers:
+            _make_dense(layers[layer.name], solved[layer.name], layer.scheme.activation, scales.get(layer.name))
+    setattr(module, MARK, manifest.key)
+    return module
+
+
+def _make_dense(layer: nn.Module, weight: QuantizedWeight, activation: str | None, scale: Tensor | None) -> None:
+    # A new parameter: a tied embedding keeps the old one.
+    dense = stored_weight(layer, weight.dequantize()).to(weight_of(layer))
+    layer.weight = nn.Parameter(dense, requires_grad=False)
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, RoundInput):
+            del layer._forward_pre_hooks[key]
+    if activation is not None:
+        layer.register_forward_pre_hook(RoundInput(format=activation, scale=scale))

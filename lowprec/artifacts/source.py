@@ -2,10 +2,11 @@
 
 `check_model_folder` looks at a Hugging Face folder's config and at every safetensors header against its file's size
 (also through the index of a sharded model); `check_shapes` compares the headers with the configuration;
-`finite_tensors` looks at the values while they stream by; `check_gguf` looks at a GGUF file
-(github.com/ggml-org/ggml, docs/gguf.md). Pickled weights are refused, never opened.
+`finite_tensors` looks at the values while they stream by, `weights_digest` gives them a name; `check_gguf` looks at a
+GGUF file (github.com/ggml-org/ggml, docs/gguf.md). Pickled weights are refused, never opened.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lowprec.artifacts.ct_checks import Skeleton
 from lowprec.artifacts.safetensors_io import read_header
 from lowprec.errors import ArtifactError, ModelError
+from lowprec.records import digest
 from lowprec.registry import closest
 
 INDEX = "model.safetensors.index.json"
@@ -155,6 +157,21 @@ def finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str,
                 "get the model again or use another checkpoint"
             )
         yield name, tensor
+
+
+def weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """Digest over names and bytes of all parameters but those in `leave_out`: a model's revision.
+
+    Raises:
+        ModelError: weights that are not finite.
+    """
+    parts: list[str] = []
+    for name, tensor in finite_tensors(module.named_parameters()):
+        if name in leave_out:
+            continue
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        parts.append(f"{name}:{tuple(tensor.shape)}:{hashlib.sha256(raw.data).hexdigest()}")
+    return digest(*parts)
 
 
 class FolderTensors(Mapping[str, Tensor]):

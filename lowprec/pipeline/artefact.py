@@ -3,6 +3,8 @@
 What the later stages are about is the artefact as it was loaded, not the model that was scored.
 """
 
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +15,20 @@ import transformers
 from torch import Tensor, nn
 
 from lowprec.artifacts.card import model_card, write_card
-from lowprec.artifacts.compressed_tensors import plan_artefact, write_artefact
+from lowprec.artifacts.compressed_tensors import WrittenArtefact, plan_artefact, write_artefact
 from lowprec.artifacts.digests import write_digests
-from lowprec.artifacts.loading import load_artefact, read_back
+from lowprec.artifacts.loading import apply_artefact, load_artefact, read_back
+from lowprec.artifacts.own_form import form_of, write_own_form
 from lowprec.artifacts.probe import make_probe, save_probe
-from lowprec.errors import UnsupportedError
+from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.prepare import example
+from lowprec.records import ArtefactForm
 from lowprec.results import CostResult, SchemeShare
 from lowprec.steps.judge import Judgement
 from lowprec.steps.measure import run_through
-from lowprec.steps.solve import overlay_of
-from lowprec.steps.stream import NOTHING, Overlay, Stream
+from lowprec.steps.stream import Overlay, Stream
 from lowprec.steps.tokens import Batch
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
@@ -36,6 +39,7 @@ class Artefact:
     """What lies on disk: its place, its codes and scales as read back, its size, and runtimes' limits with it."""
 
     path: Path
+    form: ArtefactForm
     solved: Mapping[str, QuantizedWeight]
     weight_bytes: int
     notes: tuple[str, ...]
@@ -43,11 +47,10 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loaded:
-    """The artefact as a runtime loaded it: a stream, and what has to be laid over it."""
+    """The artefact, and the model that a runtime loaded from it."""
 
     artefact: Artefact
     stream: Stream
-    overlay: Overlay
 
 
 class _Scored(nn.Module):
@@ -72,41 +75,82 @@ def export(chosen: Chosen) -> Loaded:
     """Writes the artefact and loads it back."""
     context = chosen.prepared.context
     model = context.model
+    solved: dict[str, Any] = {
+        "solved": chosen.solved,
+        "schemes": {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None},
+        "input_scales": {layer: float(scale) for layer, scale in input_scales(chosen).items()},
+    }
+    added: dict[str, Any] = {
+        "tokenizer": model.tokenizer,
+        "generation_config": model.generation_config,
+        "finish": lambda folder: finish(chosen, folder),
+    }
     with context.progress.step("export"):
         path = context.folder.path / "model"
         try:
-            parts = _parts(chosen)
+            parts = solved | _checkpoint_parts(chosen)
             plan_artefact(**parts)
         except UnsupportedError as error:
-            return _own_form(chosen, str(error))
-        written = write_artefact(
-            path,
-            **parts,
-            tokenizer=model.tokenizer,
-            generation_config=model.generation_config,
-            finish=lambda folder: finish(chosen, folder),
+            written = _own_form(chosen, path, error, solved | added)
+        else:
+            written = write_artefact(path, **parts, **added)
+        artefact = Artefact(
+            path=path,
+            form=form_of(path),
+            solved=read_back(path),
+            weight_bytes=written.weight_bytes,
+            notes=written.runtime_notes,
         )
-        module, _ = load_artefact(path)
-    artefact = Artefact(
-        path=path, solved=read_back(path), weight_bytes=written.weight_bytes, notes=written.runtime_notes
-    )
-    stream = Stream(module, model.forward, example(chosen.prepared.splits), device=context.settings.calibration_device)
-    return Loaded(artefact=artefact, stream=stream, overlay=NOTHING)
+        return Loaded(artefact=artefact, stream=_load(chosen, artefact))
 
 
-def _parts(chosen: Chosen) -> dict[str, Any]:
+def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
+    """What a compressed-tensors checkpoint needs beyond codes and scales."""
     model = chosen.prepared.context.model
     if model.config is None or not getattr(model.config, "architectures", None):
         raise UnsupportedError(f"{model.name} has no transformers configuration with an architecture")
     return {
         "config": model.config,
         "tensors": model.tensors(),
-        "solved": chosen.solved,
-        "schemes": {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None},
-        "input_scales": {layer: float(scale) for layer, scale in input_scales(chosen).items()},
         "fused": [g.layers for g in chosen.prepared.groups if len(g.layers) > 1],
         "dtype": model.dtype,
     }
+
+
+def _own_form(chosen: Chosen, path: Path, error: UnsupportedError, parts: Mapping[str, Any]) -> WrittenArtefact:
+    """No checkpoint of compressed-tensors can hold this model; the notes say why."""
+    context = chosen.prepared.context
+    model, reason = context.model, str(error).partition("\n")[0]
+    if error.reasons:
+        more = f" (and {len(error.reasons) - 1} more)" if len(error.reasons) > 1 else ""
+        reason += f": {error.reasons[0]}{more}"
+    context.progress.note(f"the artefact is in lowprec's own form: {reason}")
+    written = write_own_form(path, module=model.module, name=model.name, revision=model.revision, **parts)
+    return dataclasses.replace(written, runtime_notes=(f"no compressed-tensors checkpoint: {reason}",))
+
+
+def _load(chosen: Chosen, artefact: Artefact) -> Stream:
+    """The artefact as its user loads it, in float32; layers alone go into a copy of the user's module."""
+    context = chosen.prepared.context
+    model = context.model
+    if artefact.form == "lowprec-layers":
+        try:
+            module = copy.deepcopy(model.module)
+        except (TypeError, RuntimeError) as error:
+            raise ModelError(
+                f"{model.name} cannot be copied to load its artefact into ({error}); give it without locks, open files "
+                "and tensors that carry gradients"
+            ) from error
+        apply_artefact(module, artefact.path, dtype=torch.float32)
+    else:
+        module, _ = load_artefact(artefact.path)
+    stream = Stream(module, model.forward, example(chosen.prepared.splits), device=context.settings.calibration_device)
+    if unused := [layer for layer in artefact.solved if not stream.calls[layer]]:
+        # Else the original's answers would be judged in the place of the artefact's.
+        raise ModelError(
+            f"forward(module, batch) does not run {unused[0]} of the module that it is given; let it do so"
+        )
+    return stream
 
 
 def input_scales(chosen: Chosen) -> dict[str, Tensor]:
@@ -118,23 +162,6 @@ def input_scales(chosen: Chosen) -> dict[str, Tensor]:
         if scale is not None:
             scales |= dict.fromkeys(group.layers, scale)
     return scales
-
-
-def _own_form(chosen: Chosen, reason: str) -> Loaded:
-    """No checkpoint can hold this model: the solved files are the artefact, and are read back from disk."""
-    prepared, folder = chosen.prepared, chosen.prepared.context.folder
-    prepared.context.progress.note(f"no compressed-tensors checkpoint is written: {reason}")
-    solved: dict[str, QuantizedWeight] = {}
-    for group in prepared.groups:
-        solved |= folder.read_solved(group.name, chosen.solved_inputs) or {}
-    overlay = overlay_of(prepared.groups, chosen.schemes, solved, chosen.scored.calibration)
-    artefact = Artefact(
-        path=folder.path / "solved",
-        solved=solved,
-        weight_bytes=bytes_before(chosen) - round(sum(saved(chosen, *choice) for choice in chosen.plan.groups)),
-        notes=(reason,),
-    )
-    return Loaded(artefact=artefact, stream=prepared.stream, overlay=overlay)
 
 
 def saved(chosen: Chosen, group: str, scheme: str) -> float:
@@ -182,6 +209,7 @@ def finish(
         schemes=shares(chosen),
         notes=notes,
         decoder=decoder,
+        form=form_of(folder),
     )
     write_card(folder, card)
     write_digests(folder)

@@ -65,7 +65,7 @@ def _parity(chosen: Chosen, loaded: Loaded) -> ParityResult:
         equal = set(back) == set(chosen.solved) and all(_same(chosen.solved[layer], back[layer]) for layer in back)
         some = prepared.splits.tuning.subset(PARITY_TOKENS).batches()
         scored = run_through(stream, some, overlay)
-        kl = _kl(chosen, scored, run_through(loaded.stream, some, loaded.overlay), some)
+        kl = _kl(chosen, scored, run_through(loaded.stream, some), some)
         few = prepared.splits.tuning.subset(NOISE_TOKENS).batches()
         model = context.model
         noisy = Stream(model.module, model.forward, example(prepared.splits), stream.device, torch.bfloat16)
@@ -190,9 +190,7 @@ def _look(chosen: Chosen, loaded: Loaded, data: TokenSet) -> Looked:
         depth = prepared.stream.depth
         with context.progress.step("judge", 2 * depth, "blocks") as step:
             reference = run_through(prepared.stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
-            candidate = run_through(
-                loaded.stream, batches, loaded.overlay, lambda d, _: step.report(depth + d, 2 * depth)
-            )
+            candidate = run_through(loaded.stream, batches, progress=lambda d, _: step.report(depth + d, 2 * depth))
             stored = compare(reference, [candidate], batches, context.metric.compare(data))[0].tolist()
         context.folder.write_step(name, stored, inputs)
     return context.metric.looked(torch.tensor(stored, dtype=torch.float64), data, batches)

@@ -38,8 +38,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
     settings, metric = context.settings, context.metric.budget
     judgement, accounts = proved.judgement, Accounts(chosen)
     cost = accounts.cost(artefact)
-    if artefact.path.name == "model":
-        finish(chosen, artefact.path, judgement, cost, artefact.notes)
+    finish(chosen, artefact.path, judgement, cost, artefact.notes)
     final = verified.chosen
     return Report(
         model=context.model.name,
@@ -65,6 +64,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         seconds=context.progress.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         artefact=str(artefact.path),
+        artefact_form=artefact.form,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lowprec.artifacts import card
 from lowprec.report import figures, layers, numbers
 from lowprec.report.palette import look_of
 from lowprec.results import Report
@@ -55,6 +56,7 @@ def report_html(report: Report) -> str:
         headline=headlines(report),
         changes=changes(report),
         snippet=load_snippet(report),
+        loading=card.LOADING[report.artefact_form],
         struck_out=struck_out(report),
         version=__version__,
     )
@@ -131,12 +133,6 @@ def struck_out(report: Report) -> list[tuple[str, str, str]]:
 
 
 def load_snippet(report: Report) -> str:
-    """Python that loads the artefact through plain transformers."""
-    head = "AutoModelForCausalLM" if any(g.role == "lm_head" for g in report.groups) else "AutoModel"
-    folder = json.dumps(report.artefact, ensure_ascii=False)
-    return (
-        f"from transformers import {head}, AutoTokenizer\n\n"
-        f"folder = {folder}\n"
-        f'model = {head}.from_pretrained(folder, dtype="bfloat16")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)"
-    )
+    """Python that loads the artefact."""
+    decoder = any(g.role == "lm_head" for g in report.groups)
+    return card.load_snippet(report.artefact_form, json.dumps(report.artefact, ensure_ascii=False), decoder)

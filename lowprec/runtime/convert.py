@@ -23,10 +23,21 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
-def _dense_weight(module: nn.Module) -> Tensor:
-    weight = module.weight
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name -> layer, `nn.Linear` or Conv1D, in the order of the module tree."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight as [N, K], a view."""
+    weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().t() if _is_conv1d(module) else weight.detach()
+    return weight.detach().t() if _is_conv1d(layer) else weight.detach()
+
+
+def stored_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """[N, K] -> the layout in which this layer stores it."""
+    return weight.t().contiguous() if _is_conv1d(layer) else weight
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -42,7 +53,7 @@ def _replacement(
     kernels: KernelTable | str,
     activation_scale: Tensor | None,
 ) -> QuantLinear | None:
-    dense = _dense_weight(module)
+    dense = weight_of(module)
     if weight is None:
         # A layer that stays dense runs the form that its cost was measured with; in other dtypes it stays as it is.
         if dense.dtype != torch.bfloat16 or not isinstance(kernels, KernelTable):
@@ -75,9 +86,7 @@ def convert_(
         ModelError: codes of another shape than the layer.
         UnsupportedError: no kernel, or not the named one, runs a layer.
     """
-    known = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
-    }
+    known = linear_layers(model)
     unknown = [name for name in [*schemes, *solved] if name not in known]
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is no linear layer of this model: {closest(unknown[0], list(known))}")

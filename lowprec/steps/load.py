@@ -7,7 +7,6 @@ for a name that is no local path.
 
 import contextlib
 import functools
-import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +19,8 @@ import transformers
 from torch import Tensor, nn
 
 from lowprec.artifacts.loading import quiet
-from lowprec.artifacts.source import check_gguf, check_model_folder, finite_tensors
+from lowprec.artifacts.source import check_gguf, check_model_folder, weights_digest
 from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
-from lowprec.records import digest
 from lowprec.steps.outcome import Outcome, Tokens, Vector
 from lowprec.steps.stream import Forward
 
@@ -117,7 +115,7 @@ def wrap(
         forward=forward,
         tokenizer=tokenizer,
         name=name or type(module).__name__,
-        revision=_weights_digest(module),
+        revision=weights_digest(module),
         kind=kind,
         config=getattr(module, "config", None),
         metric=metric,
@@ -185,7 +183,7 @@ def _model(module: Any, tokenizer: Any, name: str, decoder: bool, made_up: tuple
         forward=decoder_forward if decoder else sentence_forward,
         tokenizer=tokenizer,
         name=name,
-        revision=_weights_digest(module, made_up),
+        revision=weights_digest(module, made_up),
         kind="decoder" if decoder else "encoder",
         config=module.config,
         generation_config=getattr(module, "generation_config", None),
@@ -258,17 +256,6 @@ def check_config_known(config: Any) -> None:
     names = config.architectures or [""]
     if not hasattr(transformers, names[0]):
         raise ModelError(f"transformers {transformers.__version__} does not know the architecture {names[0]!r}")
-
-
-def _weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
-    """Digest over names and bytes of all parameters; also where weights that are not finite are found."""
-    parts: list[str] = []
-    for name, tensor in finite_tensors(module.named_parameters()):
-        if name in leave_out:
-            continue
-        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        parts.append(f"{name}:{tuple(tensor.shape)}:{hashlib.sha256(raw.data).hexdigest()}")
-    return digest(*parts)
 
 
 __all__ = ["Model", "cosine_loss", "decoder_forward", "load", "sentence_forward", "wrap"]

@@ -33,6 +33,7 @@ from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream
+from lowprec.steps.tokens import Batch
 
 Key = tuple[str, str, str]
 Row = dict[Key, Tensor]
@@ -291,7 +292,10 @@ def effects(
 
 
 def _rows(hidden: Any, batch: Any) -> Tensor:
-    return hidden if isinstance(hidden, Tensor) else torch.as_tensor(next(iter(batch.values())))
+    """What has a row for each sequence: hidden states, or, of a model without a cut, the batch's own tensor."""
+    if isinstance(hidden, Tensor):
+        return hidden
+    return batch.ids if isinstance(batch, Batch) else torch.as_tensor(next(iter(batch.values())))
 
 
 def _checkpoint(scratch: Scratch, index: int, rows: Sequence[Row], gradients: Sequence[Tensor]) -> None:

@@ -1,0 +1,291 @@
+"""lowprec's own form: for what compressed-tensors cannot hold (GPT-2's Conv1D layers, any plain `nn.Module`).
+
+Layout of the folder:
+
+    lowprec.json           `Manifest`: form, model, revision, and scheme, shape and input scale of every layer
+    lowprec.safetensors    <layer>.codes   [N, K] int8 or float8_e4m3fn; of 4 bits [N, K/8] int32, see
+                                           `lowprec_kernels.packing`
+                           <layer>.scale   [N, K/G] bfloat16
+    README.md, digests.json, probe.safetensors (by `finish`)
+
+In the form "lowprec" a transformers model is whole: config.json, tokenizer files, and in the same safetensors file all
+other tensors under their own names, in their own precision. In the form "lowprec-layers" the rest of the model is the
+user's module. The weights are not called model.safetensors, because plain transformers would load that and fill the
+quantised layers with random numbers; so it refuses the folder instead. The safetensors metadata has the manifest's
+digest, so that files of two artefacts are never taken for one.
+
+Left out: shards, remote code (a model that brings its own is stored as layers), `parametrize`d weights.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lowprec.artifacts.compressed_tensors import (
+    OWN_FORM,
+    ArtefactPlan,
+    WrittenArtefact,
+    model_config,
+    write_folder,
+    write_texts,
+)
+from lowprec.artifacts.ct_checks import check_tensors, scale_reason, skeleton_of, weight_reason
+from lowprec.artifacts.folder import atomic_write, write_text
+from lowprec.artifacts.safetensors_io import (
+    TensorEntry,
+    load_tensors,
+    read_header,
+    tensor_entries,
+    write_safetensors,
+)
+from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
+from lowprec.formats import SCHEMES, WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.base import SCALE_DTYPE
+from lowprec.records import SCHEMA_VERSION, ArtefactForm, Scheme, digest, from_json, to_json
+from lowprec.registry import closest
+from lowprec.runtime.convert import linear_layers, weight_of
+from lowprec_kernels.packing import CODES_PER_WORD, pack_int4, unpack_int4
+
+WEIGHTS = "lowprec.safetensors"
+BOUND = "lowprec_artefact"
+"""Key of the metadata that says which manifest the file belongs to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLayer:
+    """One quantised layer: its shape [n, k], and the input scale where the scheme's activations are static."""
+
+    name: str
+    scheme: Scheme
+    n: int
+    k: int
+    input_scale: float | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether eight codes share a word."""
+        return self.scheme.weight is not None and WEIGHT_FORMATS[self.scheme.weight].bits == 4
+
+    def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of its two tensors."""
+        fmt = WEIGHT_FORMATS[str(self.scheme.weight)]
+        codes = (torch.int32, (self.n, self.k // CODES_PER_WORD)) if self.packed else (fmt.code_dtype, (self.n, self.k))
+        groups = self.k // (fmt.group_size or self.k)
+        return {f"{self.name}.codes": codes, f"{self.name}.scale": (SCALE_DTYPE, (self.n, groups))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What lowprec.json says. `revision` is the `weights_digest` of the model that the codes were made from."""
+
+    form: ArtefactForm
+    model: str
+    revision: str
+    module: str
+    layers: tuple[StoredLayer, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> str:
+        """Digest of all of it."""
+        return digest(to_json(self))
+
+
+def form_of(path: Path) -> ArtefactForm:
+    """The form of the artefact at `path`; ArtifactError when its lowprec.json is damaged."""
+    return read_manifest(path).form if (path / OWN_FORM).exists() else "compressed-tensors"
+
+
+# Writing
+
+
+def write_own_form(
+    path: Path | str,
+    *,
+    module: nn.Module,
+    name: str,
+    revision: str,
+    solved: Mapping[str, QuantizedWeight],
+    schemes: Mapping[str, Scheme],
+    input_scales: Mapping[str, float] | None = None,
+    tokenizer: Any = None,
+    generation_config: Any = None,
+    finish: Callable[[Path], None] | None = None,
+) -> WrittenArtefact:
+    """Writes the artefact at `path`, whole or not at all; an earlier one is replaced only after success.
+
+    Args:
+        path: the folder; an existing one must be empty or an earlier artefact.
+        module: the model that was solved, with its own weights; not changed.
+        name, revision: of the model (`Model.name`, `Model.revision`).
+        solved: layer -> its quantised weight [N, K], for every layer whose scheme quantises weights.
+        schemes: layer -> scheme; layers that are left out stay as they are.
+        input_scales: layer -> scale of its input, a bfloat16 value; for static schemes.
+        tokenizer, generation_config: saved along with a whole model.
+        finish: called with the folder before it is put in place, to add probe set, card and digests.
+
+    Returns:
+        Where it lies; `weight_bytes` counts the codes, the scales and every tensor of the model that stays, be it in
+        the file or in the user's module.
+
+    Raises:
+        UnsupportedError: layers or codes that cannot be stored, one reason each.
+        ArtifactError: disk full, folder not writable, or `path` holds something that is no artefact.
+    """
+    path, scales = Path(path), dict(input_scales or {})
+    layers = tuple(
+        StoredLayer(name=layer, scheme=scheme, n=n, k=k, input_scale=scales.get(layer))
+        for layer, scheme, (n, k) in _checked(module, solved, schemes, scales)
+    )
+    config = _config_of(module)
+    kept, untied = _kept(module, solved, whole=config is not None)
+    form: ArtefactForm = "lowprec-layers" if config is None else "lowprec"
+    manifest = Manifest(form=form, model=name, revision=revision, module=type(module).__name__, layers=layers)
+    codes = [entry for layer in layers for entry in _entries(layer, solved[layer.name])]
+    others = tensor_entries(kept)
+    plan = ArtefactPlan(
+        entries=tuple(codes if config is None else [*codes, *others]),
+        config=None if config is None else model_config(config, untied, config.dtype),
+        quantization={},
+        untied=untied,
+        runtime_notes=(),
+    )
+
+    def fill(folder: Path) -> None:
+        atomic_write(folder / WEIGHTS, lambda file: write_safetensors(file, plan.entries, {BOUND: manifest.key}))
+        write_text(folder / OWN_FORM, to_json(manifest))
+        if config is not None:
+            write_texts(folder, plan, tokenizer, generation_config)
+        if finish is not None:
+            finish(folder)
+
+    write_folder(path, plan.bytes, fill)
+    size = sum(entry.bytes for entry in [*codes, *others])
+    return WrittenArtefact(path=path, weight_bytes=size, shards=1, runtime_notes=())
+
+
+def _checked(
+    module: nn.Module,
+    solved: Mapping[str, QuantizedWeight],
+    schemes: Mapping[str, Scheme],
+    scales: Mapping[str, float],
+) -> list[tuple[str, Scheme, tuple[int, int]]]:
+    """The quantised layers with their shapes; UnsupportedError with every reason why they cannot be stored."""
+    known = linear_layers(module)
+    quantised = {layer: scheme for layer, scheme in schemes.items() if scheme.weight is not None}
+    reasons = [f"{layer}: solved, but no scheme quantises it" for layer in sorted(set(solved) - set(quantised))]
+    found = []
+    for layer, scheme in quantised.items():
+        if layer not in known:
+            reasons.append(f"{layer}: the model has no such linear layer; {closest(layer, list(known))}")
+        elif layer not in solved:
+            reasons.append(f"{layer}: planned as {scheme.name}, but not solved")
+        else:
+            n, k = weight_of(known[layer]).shape
+            reason = weight_reason((n, k), scheme, solved[layer]) or scale_reason(scheme, scales.get(layer))
+            reasons += [f"{layer}: {reason}"] if reason else []
+            found.append((layer, scheme, (n, k)))
+    if reasons:
+        raise UnsupportedError("this model cannot be written in lowprec's own form", tuple(reasons))
+    return found
+
+
+def _config_of(module: nn.Module) -> Any:
+    """The configuration from which transformers rebuilds exactly `module`, or None."""
+    name = type(module).__name__
+    if not isinstance(module, transformers.PreTrainedModel) or getattr(transformers, name, None) is not type(module):
+        return None
+    config = copy.deepcopy(module.config)
+    config.architectures, config.dtype = [name], module.dtype
+    try:
+        check_tensors(skeleton_of(config), module.state_dict())
+    except ModelError:
+        # The user has changed its layers; then the configuration does not tell all of it.
+        return None
+    return config
+
+
+def _kept(module: nn.Module, quantised: Mapping[str, Any], whole: bool) -> tuple[dict[str, Tensor], bool]:
+    """What stays of the model, tied tensors once, and whether a quantised weight parts from a tensor that stays."""
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    if whole:
+        named = module.state_dict(keep_vars=True)
+    replaced = {f"{layer}.weight" for layer in quantised}
+    kept: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in named.items():
+        if name not in replaced:
+            kept.setdefault(id(tensor), (name, tensor))
+    return dict(kept.values()), any(id(named[name]) in kept for name in replaced)
+
+
+def _entries(layer: StoredLayer, weight: QuantizedWeight) -> list[TensorEntry]:
+    produced: tuple[Callable[[], Tensor], ...] = (
+        lambda: pack_int4(weight.codes) if layer.packed else weight.codes,
+        lambda: weight.scale.to(SCALE_DTYPE),
+    )
+    return [
+        TensorEntry(name=name, dtype=dtype, shape=shape, produce=produce)
+        for (name, (dtype, shape)), produce in zip(layer.expected().items(), produced, strict=True)
+    ]
+
+
+# Reading
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What lowprec.json in the folder `path` says; ArtifactError when it is missing, damaged or of another version."""
+    file = path / OWN_FORM
+    try:
+        manifest = from_json(Manifest, file.read_text(encoding="utf-8"))
+        sound = all(SCHEMES.get(x.scheme.name) == x.scheme and min(x.n, x.k) > 0 for x in manifest.layers)
+    except FileNotFoundError as error:
+        raise ArtifactError(file, "is missing; it is no artefact of lowprec's own form") from error
+    except (ConfigError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ArtifactError(file, f"cannot be used ({error}); copy the artefact again or update lowprec") from error
+    if not sound:
+        raise ArtifactError(file, "names schemes or shapes that this version does not know; update lowprec")
+    return manifest
+
+
+def read_own_form(path: Path) -> tuple[Manifest, dict[str, QuantizedWeight]]:
+    """The manifest, and codes and scales of every quantised layer as they were solved.
+
+    Raises:
+        ArtifactError: missing or damaged files, or files of two artefacts.
+    """
+    manifest = read_manifest(path)
+    file = path / WEIGHTS
+    header = read_header(file)
+    if header.metadata.get(BOUND) != manifest.key:
+        raise ArtifactError(file, f"does not belong to the {OWN_FORM} beside it; copy the artefact again")
+    solved = {}
+    for layer in manifest.layers:
+        expected = layer.expected()
+        for name, kind in expected.items():
+            if header.tensors.get(name) != kind:
+                raise ArtifactError(file, f"has no tensor {name} in {kind[0]} {list(kind[1])}; copy the artefact again")
+        codes, scale = load_tensors(file, expected)[0].values()
+        weight = QuantizedWeight(
+            format=str(layer.scheme.weight),
+            codes=unpack_int4(codes) if layer.packed else codes,
+            scale=scale.to(torch.float32),
+        )
+        reason = weight_reason((layer.n, layer.k), layer.scheme, weight) or scale_reason(
+            layer.scheme, layer.input_scale
+        )
+        if reason:
+            raise ArtifactError(file, f"is damaged: {layer.name} {reason}; copy the artefact again")
+        solved[layer.name] = weight
+    return manifest, solved
+
+
+def kept_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors that are not quantised, under the names of the model's state dict."""
+    codes = {name for layer in manifest.layers for name in layer.expected()}
+    return load_tensors(path / WEIGHTS, [n for n in read_header(path / WEIGHTS).tensors if n not in codes])[0]
