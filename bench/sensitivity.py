@@ -8,6 +8,7 @@ ratio of predicted to measured KL, and writes JSON beside it with the machine an
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowprec.artifacts.folder import RunFolder, canonical_json
+from lowprec.formats import scheme_named
 from lowprec.pipeline.context import context_of
 from lowprec.pipeline.prepare import prepare
 from lowprec.pipeline.score import Scored, score
@@ -47,11 +49,11 @@ def measured(scored: Scored, per_scheme: int, tokens: int, seed: int) -> tuple[C
     )
 
 
-def ratios(pairs: tuple[CheckedPair, ...]) -> dict[str, tuple[int, float, float]]:
-    """Base scheme -> number of pairs, predicted / measured over their sums, and its median over pairs."""
+def ratios(pairs: tuple[CheckedPair, ...], names: Iterable[str]) -> dict[str, tuple[int, float, float]]:
+    """Family or base scheme -> number of pairs, predicted / measured over their sums, and its median over pairs."""
     found = {}
-    for name in sorted({base_of(p.scheme) for p in pairs}):
-        own = [p for p in pairs if base_of(p.scheme) == name]
+    for name in names:
+        own = [p for p in pairs if name in (base_of(p.scheme), scheme_named(p.scheme).family)]
         sums = sum(p.predicted_kl_nats for p in own) / sum(p.measured_kl_nats for p in own)
         found[name] = (len(own), sums, float(np.median([p.predicted_kl_nats / p.measured_kl_nats for p in own])))
     return found
@@ -73,11 +75,11 @@ def main(
         found = measured(score(prepare(context)), pairs, tokens, seed)
     ranks = agreement(found, 0.0, 0.0)
     table = Table(title=f"Predicted against measured KL; Spearman over all pairs {ranks.spearman:.3f}")
-    for column in ("scheme", "pairs", "Spearman", "predicted / measured", "median"):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for column in ("within", "pairs", "Spearman", "predicted / measured", "median"):
+        table.add_column(column, justify="left" if column == "within" else "right")
     within = dict(ranks.spearman_within)
-    for name, (count, sums, median) in ratios(found).items():
-        table.add_row(name, str(count), f"{within.get(name, float('nan')):.3f}", f"{sums:.2f}", f"{median:.2f}")
+    for name, (count, sums, median) in ratios(found, within).items():
+        table.add_row(name, str(count), f"{within[name]:.3f}", f"{sums:.2f}", f"{median:.2f}")
     Console(width=100).print(table)
     record = {
         "spearman": ranks.spearman,

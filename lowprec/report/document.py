@@ -1,8 +1,8 @@
 """report.json: a `Report` as canonical JSON, and back.
 
 The file holds the record field for field, except that three lists of pairs become objects, because a reader looks
-them up by name: `schemes` (scheme -> groups, parameters), `sensitivity.spearman_within` (family -> correlation) and
-`frontier[].scheme_shares` (scheme -> share). Keys are sorted, so the same report is the same bytes.
+them up by name: `schemes` (scheme -> groups, parameters), `sensitivity.spearman_within` (family or scheme ->
+correlation) and `frontier[].scheme_shares` (scheme -> share). Keys are sorted, so the same report is the same bytes.
 
 Left out: derived numbers such as `ParityResult.holds`, which follow from what is there.
 """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
+from lowprec.formats import scheme_named
 from lowprec.results import CheckedPair, SensitivityResult
 
 Pair = tuple[str, str]
@@ -32,14 +33,19 @@ def choose_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
 
 
 def agreement(pairs: Sequence[CheckedPair], predicted_kl_nats: float, measured_kl_nats: float) -> SensitivityResult:
-    """Rank correlations over the pairs, overall and within each scheme, beside the final mix's two KLs."""
-    by_scheme: dict[str, list[CheckedPair]] = {}
+    """Rank correlations over the pairs, overall and within each family and scheme, beside the final mix's two KLs."""
+    families: dict[str, list[CheckedPair]] = {}
+    schemes: dict[str, list[CheckedPair]] = {}
     for pair in pairs:
-        by_scheme.setdefault(base_of(pair.scheme), []).append(pair)
+        families.setdefault(scheme_named(pair.scheme).family, []).append(pair)
+        schemes.setdefault(base_of(pair.scheme), []).append(pair)
     return SensitivityResult(
         spearman=_spearman(pairs),
         spearman_within=tuple(
-            (name, _spearman(found)) for name, found in sorted(by_scheme.items()) if len(found) >= FEWEST_TO_RANK
+            (name, _spearman(found))
+            for within in (families, schemes)
+            for name, found in sorted(within.items())
+            if len(found) >= FEWEST_TO_RANK
         ),
         predicted_kl_nats=predicted_kl_nats,
         measured_kl_nats=measured_kl_nats,
