@@ -19,7 +19,7 @@ from lowprec.artifacts import compressed_tensors as ct
 from lowprec.artifacts.card import model_card, write_card
 from lowprec.artifacts.compressed_tensors import plan_artefact, write_artefact
 from lowprec.artifacts.ct_checks import skeleton_of
-from lowprec.artifacts.ct_schemes import unsupported
+from lowprec.artifacts.ct_schemes import runtime_notes, unsupported
 from lowprec.artifacts.digests import verify_digests, write_digests
 from lowprec.artifacts.loading import load_artefact, read_back, schemes_of
 from lowprec.artifacts.probe import check_probe, make_probe, save_probe
@@ -192,6 +192,20 @@ def test_a_quantised_head_parts_from_the_tied_embedding(tmp_path: Path) -> None:
     loaded, _ = load_artefact(tmp_path / "a")
     assert torch.equal(loaded.lm_head.weight, parts["solved"]["lm_head"].dequantize())
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("w4a16-g64", "VLLM_CPU_INT4_W4A8=0"),
+        ("w8a16", "vLLM on a CPU does not load it"),
+        ("w4a8-int8-g128", "on CPUs only"),
+        ("w4a8-fp8-g64", "only with groups of 128"),
+        ("w8a8-int8", "plain transformers"),
+    ],
+)
+def test_what_runtimes_do_differently_is_told(scheme: str, words: str) -> None:
+    assert any(words in note for note in runtime_notes([SCHEMES[scheme]], quantized_head=False))
 
 
 def test_an_encoder_comes_back(tmp_path: Path) -> None:

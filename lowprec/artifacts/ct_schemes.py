@@ -103,6 +103,11 @@ def runtime_notes(schemes: Iterable[Scheme], quantized_head: bool) -> tuple[str,
     for scheme in schemes:
         if scheme.name == "w8a16":
             notes.add("w8a16: vLLM on a CPU does not load it; on a GPU it does")
+        if scheme.name.startswith("w4a16"):
+            notes.add(
+                "w4a16: vLLM on a CPU with AMX rounds the layers' inputs to INT8 as well, which was not scored; "
+                "VLLM_CPU_INT4_W4A8=0 prevents it"
+            )
         if scheme.name.startswith("w4a8-int8"):
             notes.add("w4a8-int8: vLLM runs it on CPUs only, and stores a byte for each 4-bit code")
         if scheme.name.startswith("w4a8-fp8"):
@@ -115,5 +120,5 @@ def runtime_notes(schemes: Iterable[Scheme], quantized_head: bool) -> tuple[str,
                 "and rounds a 2-D input per tensor; load with lowprec to get the scored numbers"
             )
     if quantized_head:
-        notes.add("lm_head is quantised: releases of vLLM that only quantise linear layers refuse it")
+        notes.add("lm_head is quantised: vLLM 0.32 takes it, releases that only quantise linear layers refuse it")
     return tuple(sorted(notes))
