@@ -1,6 +1,5 @@
 """Stage 1: splits the text, cuts the model into blocks, finds the groups, strikes out what the target cannot run."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,14 +172,14 @@ def _halves(whole: TokenSet, effort: Effort) -> tuple[Batched, Batched]:
 def _inputs(context: Context, splits: Splits, allowed: Mapping[str, tuple[Scheme, ...]]) -> dict[str, str]:
     settings = context.settings
     schemes = {group: [s.name for s in found] for group, found in quantising(allowed).items()}
-    # What only later stages use does not make calibration anew.
-    effort = dataclasses.replace(settings.effort, tuning_tokens=0, held_out_tokens=0, rounds=0)
+    effort = settings.effort
     return {
         "model": context.model.revision,
         "data": splits.calibration.digest,
         "schemes": digest(json.dumps(schemes, sort_keys=True)),
         "output": _output_digest(context, splits),
-        "effort": digest(repr(effort)),
+        # The text says how much of it there is; what only later stages use does not make calibration anew.
+        "effort": digest(effort.solver, str(effort.calibration_tokens), str(effort.sensitivity_tokens)),
         "seed": str(settings.seed),
         "version": __version__,
     }
