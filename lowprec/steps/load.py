@@ -210,16 +210,10 @@ def _load_gguf(path: Path, before_weights: Look) -> Model:
         import gguf
     except ImportError as error:
         raise ConfigError("GGUF files need the package gguf: pip install 'lowprec[gguf]'") from error
-    folder, name = str(path.parent), path.name
-    with quiet(), _read_once(gguf), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            stored = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
-            stored.dtype = torch.bfloat16
-            before_weights(_skeleton(transformers.AutoModelForCausalLM, stored))
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        except (ValueError, KeyError, OSError) as error:
-            raise ArtifactError(path, f"cannot be loaded ({error}); get the file again") from error
+    with quiet(), _read_once(gguf):
+        before_weights(_skeleton(transformers.AutoModelForCausalLM, _from_gguf(transformers.AutoConfig, path)))
+        loaded = _from_gguf(transformers.AutoModelForCausalLM, path)
+        tokenizer = _from_gguf(transformers.AutoTokenizer, path)
         # What transformers makes of a GGUF file counts as quantised and refuses to be saved.
         config = type(loaded.config).from_dict(
             {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -229,11 +223,25 @@ def _load_gguf(path: Path, before_weights: Look) -> Model:
             module = type(loaded)(config)
         module.load_state_dict(loaded.state_dict(), assign=True)
         module.tie_weights()
-        for name_, buffer in loaded.named_buffers():
-            owner, _, leaf = name_.rpartition(".")
+        for name, buffer in loaded.named_buffers():
+            owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = buffer
     check_config_known(config)
     return _model(module, tokenizer, str(path), decoder=True)
+
+
+def _from_gguf(auto: Any, path: Path) -> Any:
+    """What `auto` (configuration, model or tokenizer) makes of the file, in bfloat16, without its chatter.
+
+    Raises:
+        ArtifactError: the file is damaged, or transformers does not read its architecture.
+    """
+    wanted = {} if auto is transformers.AutoTokenizer else {"dtype": torch.bfloat16}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return auto.from_pretrained(str(path.parent), gguf_file=path.name, **wanted)
+    except (ValueError, KeyError, OSError) as error:
+        raise ArtifactError(path, f"cannot be loaded ({error}); get the file again") from error
 
 
 @contextlib.contextmanager
