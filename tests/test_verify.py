@@ -8,7 +8,7 @@ from lowprec.errors import ConfigError
 from lowprec.formats import scheme_named
 from lowprec.records import CostSample, Group, Origin, Scheme, Workload
 from lowprec.settings import effort_named, parse_budget
-from lowprec.steps.allocate import Allocation, Option
+from lowprec.steps.allocate import Allocation, Option, allocate
 from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
 from lowprec.steps.verify import Measured, verify
 
@@ -41,10 +41,35 @@ def test_the_mix_is_within_and_uses_the_budget(ratio: float, width: float) -> No
     assert found.chosen.allocation.cost < 16.0 * len(GROUPS)
 
 
-def test_when_nothing_is_accepted_the_closest_is_named() -> None:
+def test_when_no_mix_is_accepted_the_model_stays_as_it_is() -> None:
     found = verify(GROUPS, OPTIONS, 0.001, measures(0.8, width=0.01), rounds=5)
+    assert found.accepted
+    assert found.chosen.allocation.loss == 0.0
+    assert found.chosen not in found.rounds
+    assert found.closest.measured.upper == min(r.measured.upper for r in found.rounds)
+
+
+def test_where_the_reference_is_no_option_the_closest_mix_is_chosen() -> None:
+    only = {g: options[1:] for g, options in OPTIONS.items()}
+    found = verify(GROUPS, only, 0.001, measures(0.8), rounds=5)
     assert not found.accepted
-    assert found.chosen.measured.upper == min(r.measured.upper for r in found.rounds)
+    assert found.chosen == found.closest
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_a_loss_that_does_not_rise_with_kl_in_proportion(power: float, scale: float) -> None:
+    def measure(allocation: Allocation) -> Measured:
+        loss = scale * 0.03 * (allocation.loss / 0.03) ** power
+        return Measured(loss=loss, upper=1.1 * loss, kl_nats=allocation.loss)
+
+    found = verify(GROUPS, OPTIONS, 0.02, measure, rounds=5)
+    assert found.accepted
+    # What the budget allows by the true curve, and the cheapest mix for that.
+    allowed = 0.03 * (0.02 / 1.1 / (scale * 0.03)) ** (1 / power)
+    best = allocate(GROUPS, OPTIONS, allowed).cost
+    dearest = 16.0 * len(GROUPS)
+    assert dearest - found.chosen.allocation.cost >= 0.7 * (dearest - best)
 
 
 def test_an_unbinding_budget_needs_one_round() -> None:

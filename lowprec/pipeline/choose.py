@@ -118,7 +118,8 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     verified = _verify(scored, priced, tuning)
     plan = _plan(scored, priced, verified)
     verified, solved = _solve(scored, plan, verified, tuning)
-    if not verified.accepted:
+    limit = limit_of(scored.prepared.context.metric.budget)
+    if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
     prepared = scored.prepared
     inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved)}
@@ -152,10 +153,11 @@ def _verify(scored: Scored, priced: Priced, tuning: Tuning) -> Verified:
 
 
 def _say_how_far(prepared: Prepared, verified: Verified) -> None:
-    budget, closest = prepared.context.metric.budget, verified.chosen.measured
+    budget, closest = prepared.context.metric.budget, verified.closest.measured
+    left = "the model stays as it is" if verified.accepted else "it is written all the same"
     prepared.context.progress.note(
         f"no mix is within the budget of {budget.limit:g} on tuning data; the closest has a loss of "
-        f"{shown(budget, closest.loss):.4g}, at most {shown(budget, closest.upper):.4g}. It is written all the same"
+        f"{shown(budget, closest.loss):.4g}, at most {shown(budget, closest.upper):.4g}: {left}"
     )
 
 

@@ -1,22 +1,33 @@
-"""Verification on tuning data: losses do not quite add, so the mix is measured and the limit corrected.
+"""Verification on tuning data: losses do not quite add, so mixes are measured and the limit corrected.
 
-The allocation works with predicted KL; the budget is in the metric. Between them stand a ratio, loss / KL, that is
-unknown before the first measurement (about 0.8 for perplexity of language models), and a margin for the statistical
-error: a mix is accepted when the *upper* bound of its measured loss is within the budget, since held-out data will be
-judged by its upper bound, too. Each round measures a mix, corrects ratio and margin by it, and allocates again:
-tighter when the mix was over, looser when it left much of the budget unused. At most `rounds` rounds; the cheapest
-accepted mix wins, and when none was accepted the one that came closest.
+The allocation works with predicted KL; the budget is in the metric. A mix is accepted when the *upper* bound of its
+measured loss is within the budget, since held-out data will be judged by its upper bound, too. Between prediction and
+upper bound stands an unknown curve. The search assumes
+
+    upper(L) = a L^p,    L the mix's predicted KL
+
+with a from the last measurement and p = 1 at first (perplexity rises in proportion to KL, by about 0.8 times); from
+two measurements on, p is theirs (the share of tokens whose first choice changes, or of answers that turn wrong, rises
+about as the square root of KL). The next limit solves upper(L) = limit, kept between the largest L that was accepted
+and the smallest that was not. At most `rounds` mixes are measured; the cheapest accepted one wins.
+
+The mix of no predicted loss is the reference itself: it is within every budget without being measured, and is what is
+left when no other mix is accepted.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lowprec.steps.allocate import Allocation, Option, allocate
+from lowprec.steps.allocate import Allocation, Option, allocate, least_loss
 
 FIRST_RATIO = 0.8
 FIRST_MARGIN = 0.25
 ENOUGH_USED = 0.8
-STEP_BACK = 0.95
+# Aims a little below the limit, as an upper bound at the limit is as often above it as below.
+AIM = 0.95
+POWERS = (0.25, 2.0)
+BISECTIONS, SMALLEST_STEP = 12, 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +54,19 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """The chosen round, whether it was accepted, and all rounds in order."""
+    """The chosen round, whether it was accepted, and all measured rounds in order.
+
+    The chosen one is none of the rounds when only the reference itself is within the limit.
+    """
 
     chosen: Round
     accepted: bool
     rounds: tuple[Round, ...]
+
+    @property
+    def closest(self) -> Round:
+        """The measured mix of the least upper bound."""
+        return min(self.rounds, key=lambda r: r.measured.upper)
 
 
 def verify(
@@ -66,40 +85,96 @@ def verify(
         measure: measures a mix on tuning data.
         rounds: how many mixes may be measured.
     """
-    ratio, margin = FIRST_RATIO, FIRST_MARGIN * limit
     cheapest = allocate(groups, options, float("inf")).cost
+    least = least_loss(groups, options)
+    allowed = limit * (1.0 - FIRST_MARGIN) / FIRST_RATIO
     taken: list[Round] = []
     for number in range(rounds):
-        allocation = allocate(groups, options, max(limit - margin, 0.0) / ratio)
-        if any(allocation.schemes == earlier.allocation.schemes for earlier in taken):
+        allocation = _unmeasured(groups, options, max(allowed, least.loss), least.loss, taken, limit)
+        if allocation is None:
             break
-        taken.append(Round(allocation=allocation, predicted=allocation.loss * ratio, measured=measure(allocation)))
+        predicted = allocation.loss * _ratio(taken)
+        taken.append(Round(allocation=allocation, predicted=predicted, measured=measure(allocation)))
         progress(number + 1, rounds)
         last = taken[-1]
-        if last.accepted(limit) and (allocation.cost <= cheapest or _used(last, limit)):
+        if last.accepted(limit) and (allocation.cost <= cheapest or last.measured.upper >= ENOUGH_USED * limit):
             break
-        ratio, margin = _corrected(last, limit, ratio)
-    chosen = _best(taken, limit)
+        allowed = _next(taken, limit)
+    chosen = _best(taken, least, limit)
     return Verified(chosen=chosen, accepted=chosen.accepted(limit), rounds=tuple(taken))
 
 
-def _used(last: Round, limit: float) -> bool:
-    return last.measured.upper >= ENOUGH_USED * limit
+def _unmeasured(
+    groups: Sequence[str],
+    options: Mapping[str, Sequence[Option]],
+    allowed: float,
+    floor: float,
+    taken: Sequence[Round],
+    limit: float,
+) -> Allocation | None:
+    """The cheapest mix of at most `allowed`; where that is known already, one from inside the bracket, if there is."""
+    known = {r.allocation.schemes for r in taken}
+    for _ in range(BISECTIONS):
+        allocation = allocate(groups, options, allowed)
+        if allocation.schemes not in known and allocation.loss > 0.0:
+            return allocation
+        accepted, refused = _bracket(taken, limit)
+        # A known mix that was refused is left downwards, one that was accepted (or the reference itself) upwards.
+        low, high = (max(accepted, floor), allowed) if allocation.loss >= refused else (allowed, refused)
+        if high == math.inf:
+            allowed *= 2.0
+        elif high - low <= SMALLEST_STEP * high:
+            return None
+        else:
+            allowed = (low + high) / 2.0
+    return None
 
 
-def _corrected(last: Round, limit: float, ratio: float) -> tuple[float, float]:
-    measured = last.measured
-    if last.allocation.loss > 0 and measured.loss > 0:
-        ratio = measured.loss / last.allocation.loss
-    # The interval narrows with the loss itself; keeping its width is on the safe side when the mix shrinks.
-    margin = max(measured.upper - measured.loss, 0.0)
-    if not last.accepted(limit):
-        ratio /= STEP_BACK
-    return ratio, min(margin, 0.9 * limit)
+def _bracket(taken: Sequence[Round], limit: float) -> tuple[float, float]:
+    """The largest predicted KL that was accepted and the smallest that was not."""
+    refused = min((r.allocation.loss for r in taken if not r.accepted(limit)), default=math.inf)
+    accepted = max((r.allocation.loss for r in taken if r.accepted(limit) and r.allocation.loss < refused), default=0.0)
+    return accepted, refused
 
 
-def _best(taken: Sequence[Round], limit: float) -> Round:
+def _ratio(taken: Sequence[Round]) -> float:
+    """Loss / predicted KL of the last mix."""
+    if not taken or taken[-1].measured.loss <= 0:
+        return FIRST_RATIO
+    return taken[-1].measured.loss / taken[-1].allocation.loss
+
+
+def _next(taken: Sequence[Round], limit: float) -> float:
+    """The predicted KL to allow in the next round."""
+    last = taken[-1]
+    upper, loss = last.measured.upper, last.allocation.loss
+    wanted = loss * (AIM * limit / upper) ** (1.0 / _power(taken)) if upper > 0 else 2.0 * loss
+    accepted, refused = _bracket(taken, limit)
+    if accepted < wanted < refused:
+        return wanted
+    # The curve leads out of the bracket: halve it instead, in the logarithm where it has two ends.
+    if wanted >= refused:
+        return math.sqrt(accepted * refused) if accepted else refused / 2.0
+    return math.sqrt(accepted * refused) if refused < math.inf else 2.0 * accepted
+
+
+def _power(taken: Sequence[Round]) -> float:
+    """p of the curve through the last two measurements, 1 where there is only one."""
+    if len(taken) < 2:
+        return 1.0
+    one, two = taken[-2:]
+    if min(one.measured.upper, two.measured.upper) <= 0:
+        return 1.0
+    rise = math.log(two.measured.upper / one.measured.upper)
+    run = math.log(two.allocation.loss / one.allocation.loss)
+    return min(max(rise / run, POWERS[0]), POWERS[1]) if run else 1.0
+
+
+def _best(taken: Sequence[Round], least: Allocation, limit: float) -> Round:
     accepted = [r for r in taken if r.accepted(limit)]
+    if least.loss == 0.0:
+        itself = Measured(loss=0.0, upper=0.0, kl_nats=0.0)
+        accepted.append(Round(allocation=least, predicted=0.0, measured=itself))
     if accepted:
         return min(accepted, key=lambda r: (r.allocation.cost, r.measured.upper))
     return min(taken, key=lambda r: r.measured.upper)
