@@ -69,17 +69,24 @@ class CostResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityResult:
-    """Is what was loaded what was scored? `max_layer_error` is relative to the layer's tolerance."""
+    """Is what was loaded what was scored? `max_layer_error` is relative to the layer's tolerance.
+
+    KLs are from the scored model to: the artefact as loaded for the verdict (`kl_nats`), itself computed in bfloat16
+    (`noise_kl_nats`), the artefact in our runtime, and in plain transformers (None where that cannot load it).
+    """
 
     codes_equal: bool
     max_layer_error: float
     kl_nats: float
     noise_kl_nats: float
+    runtime_kl_nats: float
+    plain_kl_nats: float | None
 
     @property
     def holds(self) -> bool:
-        """Codes equal, every layer within tolerance, KL at most twice the bfloat16 noise."""
-        return self.codes_equal and self.max_layer_error <= 1.0 and self.kl_nats <= 2.0 * self.noise_kl_nats
+        """Codes equal, every layer within tolerance, and neither KL more than twice the bfloat16 noise."""
+        largest = max(self.kl_nats, self.runtime_kl_nats)
+        return self.codes_equal and self.max_layer_error <= 1.0 and largest <= 2.0 * self.noise_kl_nats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,7 +176,14 @@ def make_report(blocks: int = 30, seed: int = 0, **changes: Any) -> Report:
         plan=_plan(groups),
         loss=make_loss(),
         cost=make_cost(),
-        parity=ParityResult(codes_equal=True, max_layer_error=0.41, kl_nats=1.3e-3, noise_kl_nats=1.2e-3),
+        parity=ParityResult(
+            codes_equal=True,
+            max_layer_error=0.41,
+            kl_nats=1.3e-3,
+            noise_kl_nats=1.2e-3,
+            runtime_kl_nats=1.4e-3,
+            plain_kl_nats=1.6e-3,
+        ),
         sensitivity=SensitivityResult(
             spearman=0.968,
             spearman_within=(("fp8", 0.91), ("int4", 0.941), ("int8", 0.933)),

@@ -167,11 +167,21 @@ def test_digest_is_stable_and_separates_its_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "layer", "kl", "holds"),
-    [(True, 1.0, 2.0, True), (False, 0, 0, False), (True, 1.1, 0, False), (True, 0, 2.1, False)],
+    ("codes", "layer", "kl", "runtime", "holds"),
+    [
+        (True, 1.0, 2.0, 2.0, True),
+        (False, 0, 0, 0, False),
+        (True, 1.1, 0, 0, False),
+        (True, 0, 2.1, 0, False),
+        (True, 0, 0, 2.1, False),
+    ],
 )
-def test_parity(codes: bool, layer: float, kl: float, holds: bool) -> None:
-    assert ParityResult(codes_equal=codes, max_layer_error=layer, kl_nats=kl, noise_kl_nats=1.0).holds is holds
+def test_parity(codes: bool, layer: float, kl: float, runtime: float, holds: bool) -> None:
+    found = ParityResult(
+        codes_equal=codes, max_layer_error=layer, kl_nats=kl, noise_kl_nats=1.0, runtime_kl_nats=runtime,
+        plain_kl_nats=9.0,
+    )  # fmt: skip
+    assert found.holds is holds
 
 
 def test_the_report_is_among_the_records() -> None:

@@ -60,6 +60,7 @@ FIELDS = {
     "parity.max_layer_error": float,
     "parity.kl_nats": float,
     "parity.noise_kl_nats": float,
+    "parity.runtime_kl_nats": float,
     "sensitivity.spearman": float,
     "sensitivity.spearman_within": dict,
     "sensitivity.predicted_kl_nats": float,
@@ -170,7 +171,9 @@ def test_summary_survives_ascii_and_markup():
 
 
 def test_summary_does_not_hide_failures():
-    parity = ParityResult(codes_equal=False, max_layer_error=3.0, kl_nats=1.0, noise_kl_nats=1e-3)
+    parity = ParityResult(
+        codes_equal=False, max_layer_error=3.0, kl_nats=1.0, noise_kl_nats=1e-3, runtime_kl_nats=1.0, plain_kl_nats=None
+    )
     report = make_report(parity=parity, reused=True, unread_data=False, cost=make_cost(reduction_measured=None))
     flat = re.sub(r"\s+", " ", printed(report))
     assert "FAILS: codes DIFFERENT" in flat

@@ -15,7 +15,8 @@ from lowprec.formats import scheme_named
 from lowprec.pipeline.artefact import Artefact, bytes_before, finish, saved, shares
 from lowprec.pipeline.choose import Chosen, options
 from lowprec.pipeline.context import Context
-from lowprec.pipeline.prove import Proved, baseline, optimised
+from lowprec.pipeline.prove import Proved
+from lowprec.pipeline.serve import baseline, optimised
 from lowprec.records import Group, Scheme, Workload
 from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, Report
 from lowprec.steps.allocate import allocate
