@@ -4,10 +4,12 @@
 
 Measures `pairs` groups in each base scheme on held-out text (which no verdict of this folder uses), none of them a
 pair that the run's own check measures. Prints Spearman's rank correlation overall and within each scheme, with the
-ratio of predicted to measured KL, and writes JSON beside it with the machine and versions.
+ratio of predicted to measured KL, and writes JSON beside it with the machine and versions. Exit code 1 below 0.95
+overall or 0.9 within the INT4 family.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +32,8 @@ from lowprec.steps.check import agreement, base_of, choose_pairs
 from lowprec.steps.load import load
 from lowprec.steps.measure import measure_pairs
 from lowprec.steps.tokens import batched
+
+LEAST_OVERALL, LEAST_INT4 = 0.95, 0.9
 
 
 def measured(scored: Scored, per_scheme: int, tokens: int, seed: int) -> tuple[CheckedPair, ...]:
@@ -90,6 +94,7 @@ def main(
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(canonical_json(record))
+    sys.exit(0 if ranks.spearman >= LEAST_OVERALL and within.get("int4", 1.0) >= LEAST_INT4 else 1)
 
 
 if __name__ == "__main__":
