@@ -11,7 +11,7 @@ from lowprec.errors import ConfigError, ModelError, UnsupportedError
 from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_named
 from lowprec.records import CostSample, Scheme
 from lowprec.runtime import KernelTable, QuantLinear, convert_
-from lowprec.runtime.dispatch import automatic, bucket_of, choose, kernel_named, kinds, usable
+from lowprec.runtime.dispatch import automatic, bucket_of, choose, fewest_rows, kernel_named, kinds, usable
 from lowprec_kernels.kernel import kernels_for
 
 QUANTISED = [s for s in SCHEMES.values() if s.weight is not None]
@@ -129,6 +129,7 @@ def test_an_explicit_kernel_never_falls_back() -> None:
 
 def test_buckets() -> None:
     assert [bucket_of(m) for m in (0, 1, 2, 16, 17, 128, 129, 5000)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [fewest_rows(m) for m in (1, 2, 16, 100, 129, 5000)] == [1, 2, 2, 17, 129, 129]
 
 
 def test_table_takes_the_fastest_measured_kernel_of_the_nearest_shape() -> None:

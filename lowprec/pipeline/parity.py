@@ -20,6 +20,7 @@ from lowprec.pipeline.context import Context
 from lowprec.pipeline.prepare import example
 from lowprec.pipeline.serve import converted, optimised
 from lowprec.results import ParityResult
+from lowprec.runtime.dispatch import fewest_rows
 from lowprec.runtime.linear import QuantLinear
 from lowprec.steps.measure import Run, run_through
 from lowprec.steps.stream import Stream
@@ -94,16 +95,17 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
 def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float:
     """Largest error of a runtime layer on identical inputs, as a share of its format's tolerance.
 
-    With as many rows as prefill and decode of the workload have, since each number of rows has a kernel of its own.
+    By the kernels that prefill and decode of the workload use, each with the fewest rows that it is chosen for.
     """
     settings = chosen.prepared.context.settings
     generator = torch.Generator().manual_seed(settings.seed)
     worst = 0.0
+    wanted = {fewest_rows(m) for m in (settings.workload.decode_m, settings.workload.prefill_m)}
     quantised = {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None}
     with converted(chosen, solved, quantised) as module:
         for layer in module.modules():
             if isinstance(layer, QuantLinear):
-                for rows in {settings.workload.decode_m, settings.workload.prefill_m}:
+                for rows in sorted(wanted):
                     x = torch.randn(rows, layer.in_features, generator=generator)
                     worst = max(worst, layer.relative_error(x) / layer.tolerance)
     return worst

@@ -37,6 +37,12 @@ def bucket_of(m: int) -> int:
     return sum(m > limit for limit in BUCKET_LIMITS)
 
 
+def fewest_rows(m: int) -> int:
+    """The smallest number of rows that the kernel for `m` rows is chosen for."""
+    bucket = bucket_of(m)
+    return BUCKET_LIMITS[bucket - 1] + 1 if bucket else 1
+
+
 def kinds(scheme: Scheme) -> tuple[WeightKind, ActivationKind | None]:
     """The kinds of weight and activation that kernels are asked for: "int4-g64" is "int4", "int8-static" "int8"."""
     weight = "bf16" if scheme.weight is None else scheme.weight.split("-")[0]
