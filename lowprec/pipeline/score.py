@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from lowprec.formats import scheme_named
 from lowprec.pipeline.prepare import Prepared
-from lowprec.records import SensitivityRow, digest
+from lowprec.records import Budget, SensitivityRow, digest
 from lowprec.results import CheckedPair
 from lowprec.steps.calibrate import Calibration, calibrate
 from lowprec.steps.check import choose_pairs
@@ -39,6 +39,15 @@ class Scored:
         prepared = self.prepared
         named = {name: scheme_named(schemes.get(name, "bf16")) for name in prepared.names}
         return prepared.rounder.overlay(named, self.calibration)
+
+    def with_budget(self, budget: Budget | str | float) -> "Scored":
+        """The same scores, to choose a mix for another limit from ("2%", 0.02 or a `Budget` of the same metric).
+
+        Raises:
+            ConfigError: a budget of another metric or confidence.
+        """
+        context = self.prepared.context.with_budget(budget)
+        return replace(self, prepared=replace(self.prepared, context=context))
 
 
 def score(prepared: Prepared) -> Scored:
