@@ -2,6 +2,15 @@
 
     report = lowprec.optimize("path/to/model", budget="5%", out="D")
 
+`optimize` is made of stages, each a function from the records of the earlier ones to its own, which it also keeps in
+the run's folder:
+
+    begin -> prepare -> score -> check, price -> choose -> export -> prove -> summarise
+
+The stages are made of algorithms that know no settings: split, graph, calibrate, sensitivity, cost, allocate, solve,
+verify, judge. Most of what they take, a `Prepared` has ready: its stream, groups, schemes, rounder and batches. A
+`Scratch` is a folder for hidden states; `Model.outcome` says how outputs are weighed.
+
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
 
@@ -11,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from lowprec.version import __version__
 
 if TYPE_CHECKING:
-    from lowprec.api import complete, optimize
-    from lowprec.artifacts.compressed_tensors import write_artefact as export
+    from lowprec.api import begin, complete, optimize
+    from lowprec.artifacts.compressed_tensors import write_artefact
+    from lowprec.artifacts.folder import RunFolder
     from lowprec.artifacts.loading import apply_artefact, load_artefact
-    from lowprec.artifacts.own_form import write_own_form as export_own
+    from lowprec.artifacts.own_form import write_own_form
     from lowprec.errors import (
         ArtifactError,
         BudgetError,
@@ -24,74 +34,123 @@ if TYPE_CHECKING:
         ModelError,
         UnsupportedError,
     )
+    from lowprec.pipeline.artefact import Loaded, export
+    from lowprec.pipeline.choose import Chosen, choose
+    from lowprec.pipeline.context import Context
+    from lowprec.pipeline.prepare import Prepared, prepare
+    from lowprec.pipeline.price import Priced, price
+    from lowprec.pipeline.prove import Proved, prove
+    from lowprec.pipeline.score import Scored, check, score
+    from lowprec.pipeline.summarise import summarise
     from lowprec.records import Budget, Group, PrecisionPlan, Scheme, Workload
+    from lowprec.report.progress import RunProgress
     from lowprec.results import Report
-    from lowprec.settings import Settings
-    from lowprec.steps.allocate import allocate, frontier
+    from lowprec.settings import Effort, Settings, effort_named
+    from lowprec.steps.allocate import Option, allocate, frontier
     from lowprec.steps.calibrate import calibrate
     from lowprec.steps.cost import time_shapes as cost
     from lowprec.steps.data import split
     from lowprec.steps.graph import find_groups as graph
     from lowprec.steps.judge import judge
     from lowprec.steps.load import Model, load, wrap
+    from lowprec.steps.scratch import Scratch
     from lowprec.steps.sensitivity import effects as sensitivity
+    from lowprec.steps.solve import Rounder
     from lowprec.steps.solve import solve_plan as solve
     from lowprec.steps.sources import read_sources as sources
     from lowprec.steps.stream import Stream
-    from lowprec.steps.verify import verify
+    from lowprec.steps.verify import Measured, verify
 
-# Name -> where it lives; the verbs are the steps of a run, in the words of the report.
+# Name -> where it lives.
 _HOME = {
     "ArtifactError": "errors:ArtifactError",
     "Budget": "records:Budget",
     "BudgetError": "errors:BudgetError",
+    "Chosen": "pipeline.choose:Chosen",
     "ConfigError": "errors:ConfigError",
+    "Context": "pipeline.context:Context",
     "DataError": "errors:DataError",
+    "Effort": "settings:Effort",
     "Group": "records:Group",
+    "Loaded": "pipeline.artefact:Loaded",
     "LowprecError": "errors:LowprecError",
+    "Measured": "steps.verify:Measured",
     "Model": "steps.load:Model",
     "ModelError": "errors:ModelError",
+    "Option": "steps.allocate:Option",
     "PrecisionPlan": "records:PrecisionPlan",
+    "Prepared": "pipeline.prepare:Prepared",
+    "Priced": "pipeline.price:Priced",
+    "Proved": "pipeline.prove:Proved",
     "Report": "results:Report",
+    "Rounder": "steps.solve:Rounder",
+    "RunFolder": "artifacts.folder:RunFolder",
+    "RunProgress": "report.progress:RunProgress",
     "Scheme": "records:Scheme",
+    "Scored": "pipeline.score:Scored",
+    "Scratch": "steps.scratch:Scratch",
     "Settings": "settings:Settings",
     "Stream": "steps.stream:Stream",
     "UnsupportedError": "errors:UnsupportedError",
     "Workload": "records:Workload",
     "allocate": "steps.allocate:allocate",
     "apply_artefact": "artifacts.loading:apply_artefact",
+    "begin": "api:begin",
     "calibrate": "steps.calibrate:calibrate",
+    "check": "pipeline.score:check",
+    "choose": "pipeline.choose:choose",
     "complete": "api:complete",
     "cost": "steps.cost:time_shapes",
-    "export": "artifacts.compressed_tensors:write_artefact",
-    "export_own": "artifacts.own_form:write_own_form",
+    "effort_named": "settings:effort_named",
+    "export": "pipeline.artefact:export",
     "frontier": "steps.allocate:frontier",
     "graph": "steps.graph:find_groups",
     "judge": "steps.judge:judge",
     "load": "steps.load:load",
     "load_artefact": "artifacts.loading:load_artefact",
     "optimize": "api:optimize",
+    "prepare": "pipeline.prepare:prepare",
+    "price": "pipeline.price:price",
+    "prove": "pipeline.prove:prove",
+    "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
     "solve": "steps.solve:solve_plan",
     "sources": "steps.sources:read_sources",
     "split": "steps.data:split",
+    "summarise": "pipeline.summarise:summarise",
     "verify": "steps.verify:verify",
     "wrap": "steps.load:wrap",
+    "write_artefact": "artifacts.compressed_tensors:write_artefact",
+    "write_own_form": "artifacts.own_form:write_own_form",
 }
 
 __all__ = [
     "ArtifactError",
     "Budget",
     "BudgetError",
+    "Chosen",
     "ConfigError",
+    "Context",
     "DataError",
+    "Effort",
     "Group",
+    "Loaded",
     "LowprecError",
+    "Measured",
     "Model",
     "ModelError",
+    "Option",
     "PrecisionPlan",
+    "Prepared",
+    "Priced",
+    "Proved",
     "Report",
+    "Rounder",
+    "RunFolder",
+    "RunProgress",
     "Scheme",
+    "Scored",
+    "Scratch",
     "Settings",
     "Stream",
     "UnsupportedError",
@@ -99,23 +158,33 @@ __all__ = [
     "__version__",
     "allocate",
     "apply_artefact",
+    "begin",
     "calibrate",
+    "check",
+    "choose",
     "complete",
     "cost",
+    "effort_named",
     "export",
-    "export_own",
     "frontier",
     "graph",
     "judge",
     "load",
     "load_artefact",
     "optimize",
+    "prepare",
+    "price",
+    "prove",
+    "score",
     "sensitivity",
     "solve",
     "sources",
     "split",
+    "summarise",
     "verify",
     "wrap",
+    "write_artefact",
+    "write_own_form",
 ]
 
 

@@ -1,13 +1,17 @@
-"""The library: `optimize` for all of it, and the verbs it is made of.
+"""The library: `optimize` for all of a run, and `begin` for a run whose stages are taken one by one.
 
 report = lowprec.optimize("path/to/model", budget="5%", out="D")
 
 model = lowprec.wrap(module, forward, tokenizer=tokenizer, metric=metric)  # any nn.Module of yours
 report = lowprec.optimize(model, budget="0.01 abs", out="D")
+
+with lowprec.begin("path/to/model", lowprec.Settings(out=Path("D"))) as run:
+    scored = lowprec.score(lowprec.prepare(run))
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -94,18 +98,45 @@ def optimize(
         seed=seed,
         workers=workers,
     )
-    with RunFolder(asked.out) as folder, progress or RunProgress() as shown:
+    with begin(model, asked, budget, trust_remote_code=trust_remote_code, progress=progress) as context:
+        return complete(context)
+
+
+@contextlib.contextmanager
+def begin(
+    model: Model | str | Path,
+    settings: Settings,
+    budget: Budget | str | float | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: RunProgress | None = None,
+) -> Iterator[Context]:
+    """Opens the run's folder and loads the model; the context that it yields is what `prepare` takes.
+
+    The folder is locked until the context ends. Each stage keeps its results there, so that a later run on it, of
+    `begin` or of `optimize`, goes on from them.
+
+    Args:
+        model: a Hugging Face name or folder, a GGUF file, or what `load` or `wrap` returned.
+        budget: "5%", 0.05, or a `Budget`; None takes that of the settings.
+
+    Raises:
+        LowprecError: bad input, a folder that is in use, or a run that would not fit into memory or onto the disk.
+    """
+    with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
 
         def look(module: nn.Module) -> None:
-            require_fit(module, asked, shown)
+            require_fit(module, settings, shown)
 
         if isinstance(model, Model):
             look(model.module)
         else:
             with shown.step("load"):
                 model = load(model, trust_remote_code=trust_remote_code, before_weights=look)
-        found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
-        return complete(context_of(model, dataclasses.replace(asked, budget=found), folder, shown))
+        if budget is not None:
+            found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
+            settings = dataclasses.replace(settings, budget=found)
+        yield context_of(model, settings, folder, shown)
 
 
 def default_metric(model: Model) -> str:
@@ -150,4 +181,4 @@ def require_fit(module: nn.Module, settings: Settings, progress: RunProgress) ->
     return expected
 
 
-__all__ = ["complete", "load", "optimize", "require_fit", "wrap"]
+__all__ = ["begin", "complete", "load", "optimize", "require_fit", "wrap"]

@@ -1,7 +1,6 @@
-"""Microseconds and a price per hour -> dollars per million input and output tokens.
+"""Microseconds and a price per hour -> dollars per million output tokens.
 
-    input   dollars = prefill_us / (batch prompt_tokens)  1e6 tokens  price / 3.6e9 us
-    output  dollars = step_us / batch                     1e6 tokens  price / 3.6e9 us
+    dollars = workload_us / (batch output_tokens)  1e6 tokens  price / 3.6e9 us
 
 The machine is taken to be busy with this workload alone. A price that the user gives is theirs; the default ones are
 on-demand list prices as they stood in the first half of 2026 and are `modelled`. Left out: spot and reserved prices,
@@ -33,15 +32,6 @@ class Price:
     origin: Origin
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenPrice:
-    """Dollars per million tokens; output is None where the workload has no output."""
-
-    input_dollars_per_million: float
-    output_dollars_per_million: float | None
-    origin: Origin
-
-
 def price_of(device: str, dollars_per_hour: float | None = None) -> Price:
     """The price to reckon with: what the user gave, or the list price of `device`.
 
@@ -62,25 +52,6 @@ def price_of(device: str, dollars_per_hour: float | None = None) -> Price:
 def dollars(microseconds: float, price: Price) -> float:
     """Dollars that `microseconds` of the device cost."""
     return microseconds / US_PER_HOUR * price.dollars_per_hour
-
-
-def token_price(
-    workload: Workload, prefill_us: float, decode_step_us: float, price: Price, times: Origin = "measured"
-) -> TokenPrice:
-    """Dollars per million tokens of a workload.
-
-    Args:
-        prefill_us: time to read all prompts of the batch.
-        decode_step_us: time of one decode step of the batch.
-        times: origin of the two; the result is measured only if times and price both are.
-    """
-    read = workload.batch * workload.prompt_tokens
-    output = dollars(decode_step_us, price) / workload.batch * TOKENS_PER_MILLION if workload.output_tokens else None
-    return TokenPrice(
-        input_dollars_per_million=dollars(prefill_us, price) / read * TOKENS_PER_MILLION,
-        output_dollars_per_million=output,
-        origin="measured" if times == price.origin == "measured" else "modelled",
-    )
 
 
 def dollars_per_million_output_tokens(workload: Workload, workload_us: float, price: Price) -> float:

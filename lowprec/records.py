@@ -56,7 +56,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityRow:
-    """What one group costs in one scheme: nats of KL(reference || quantised) per token at the logits."""
+    """What one group costs in one scheme: nats of KL(reference || quantised) per token at the logits.
+
+    `measured_kl_nats` is None but for the pairs that were measured to check the prediction.
+    """
 
     group: str
     scheme: str

@@ -67,6 +67,10 @@ class CostResult:
     prefill_tokens_per_s_after: float | None
 
 
+REUSED = "The held-out data had been read by an earlier run on this folder: indicative only."
+"""What is said beside the verdict of a run whose text was not unread."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityResult:
     """Is what was loaded what was scored? `max_layer_error` is relative to the layer's tolerance.

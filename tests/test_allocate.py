@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowprec.errors import BudgetError, ConfigError
-from lowprec.records import Budget
-from lowprec.steps.allocate import Allocation, Option, allocate, frontier, least_loss, to_limit
+from lowprec.steps.allocate import Allocation, Option, allocate, frontier, least_loss
 
 Choices = dict[str, list[Option]]
 
@@ -205,16 +204,6 @@ def test_bad_input(groups: Sequence[str], options: Choices, message: str) -> Non
 def test_bad_limit() -> None:
     with pytest.raises(ConfigError, match="not a number"):
         allocate(["a"], {"a": [Option(scheme="x", loss=0, cost=1)]}, math.nan)
-
-
-def test_budget_to_nats() -> None:
-    assert to_limit(Budget()) == pytest.approx(math.log(1.05))
-    assert to_limit(Budget(limit=0.5, kind="absolute"), reference=10.0) == pytest.approx(math.log(1.05))
-    assert to_limit(Budget(metric="kl", limit=0.02, kind="absolute")) == 0.02
-    assert to_limit(Budget(metric="kl", limit=0.05), "perplexity") == pytest.approx(math.log(1.05))
-    for budget in (Budget(kind="absolute"), Budget(metric="kl"), Budget(metric="task:mine")):
-        with pytest.raises(ConfigError):
-            to_limit(budget)
 
 
 def test_nothing_is_printed() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowprec.artifacts import compressed_tensors as ct
-from lowprec.artifacts.card import model_card, write_card
+from lowprec.artifacts.card import licence_of, model_card, write_card
 from lowprec.artifacts.compressed_tensors import plan_artefact, write_artefact
 from lowprec.artifacts.ct_checks import skeleton_of
 from lowprec.artifacts.ct_schemes import runtime_notes, unsupported
@@ -524,10 +524,37 @@ def test_the_card_states_the_evidence(tmp_path: Path) -> None:
     for words in ("**within**", "+3.10%", "+4.51%", "60.0% less", "1,234", "a limit", "vllm serve", "topics", "5.50"):
         assert words in text
     assert write_card(tmp_path, text).read_text() == text
+    assert "indicative only" not in text
+    again = model_card(plan(), verdict="within", reused=True, loss=loss, cost=cost)
+    assert "**within**: The loss stays within the budget. The held-out data had been read by an earlier run" in again
     early = model_card(plan(), decoder=False)
     assert "| w8a16 | 2 |" in early
     assert "vllm" not in early
     assert "AutoModel.from_pretrained" in early
+
+
+def test_the_card_names_a_base_model_of_the_hub_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: org/model-1b\n" in model_card(plan())
+    (tmp_path / "org" / "model-1b").mkdir(parents=True)
+    assert "base_model" not in model_card(plan())
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\ntags:\n- x\nlicense: apache-2.0\n---\n# Model\n", "apache-2.0"),
+        ('---\nlicense: "mit"\n---\n', "mit"),
+        ("---\nlicense:\n- mit\n- other\n---\n", None),
+        ("---\ntags: x\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+    ],
+)
+def test_the_licence_is_read_from_the_front_matter(tmp_path: Path, readme: str, licence: str | None) -> None:
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").write_text(readme)
+    assert licence_of(tmp_path) == licence
+    assert ("license: apache-2.0\n" in model_card(plan(), licence=licence)) == (licence == "apache-2.0")
 
 
 @pytest.fixture

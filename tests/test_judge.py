@@ -15,13 +15,13 @@ from lowprec.records import Budget, from_json, to_json
 from lowprec.results import LossResult
 from lowprec.steps import judge as judge_module
 from lowprec.steps.judge import Judgement, judge, proportion_bounds, ratio_bounds
+from lowprec.steps.measure import compare_tokens, paired
 from lowprec.steps.scores import (
     PairedScores,
     PairedValues,
     concatenate,
     mean_kl,
     perplexity_increase,
-    score_batch,
     token_scores,
     top1_agreement,
 )
@@ -93,14 +93,14 @@ def test_padding_is_in_no_sum() -> None:
     (batch,) = windows.batches(100)
     torch.manual_seed(1)
     reference, quantised = torch.randn(2, 9, 7), torch.randn(2, 9, 7)
-    found = score_batch(windows, batch, reference, quantised)
+    found = paired(compare_tokens(reference, quantised, batch), windows, [batch])
     assert found.tokens.tolist() == [4, 8]
     assert found.unit.tolist() == [3, 8]
     poisoned = reference.clone(), quantised.clone()
     for logits in poisoned:
         logits[0, 4:] = torch.nan
         logits[1, 8:] = torch.nan
-    again = score_batch(windows, batch, *poisoned)
+    again = paired(compare_tokens(*poisoned, batch), windows, [batch])
     assert np.array_equal(found.loss, again.loss)
     expected = torch.nn.functional.cross_entropy(quantised[0, :4], ids[0][1:], reduction="sum")
     assert found.loss[0] == pytest.approx(float(expected), rel=1e-6)

@@ -122,12 +122,12 @@ def test_every_group_size_and_strided_inputs(group: int) -> None:
     m, n, k = 3, 16, 256
     w = operands("int4", n, k, group, bias=False)
     wide = _random(m, 2 * k, seed=6)
+    dense = (unpack_int4(w.codes).double().view(n, -1, group) * w.scales().double()[..., None]).view(n, k)
     y = ops.w4a16_gemm(wide[:, ::2], w.codes.t().contiguous().t(), w.scale, None, group)
-    assert relative_error(y, slow.linear64(w, None, wide[:, ::2])) < 1e-6
+    assert relative_error(y, wide[:, ::2].double() @ dense.t()) < 1e-6
     codes, scale = ops.quantize_per_token_int8(wide[:, ::2])
     grouped = ops.w4a8_int8_gemm(codes, scale, w.codes, w.scale, None, group, torch.float32)
-    truth = slow.linear64(w, "int8", wide[:, ::2])
-    assert relative_error(grouped, truth) < 1e-6
+    assert relative_error(grouped, (codes.double() * scale.double()) @ dense.t()) < 1e-6
 
 
 def _op_arguments() -> list[tuple[str, tuple[object, ...]]]:
@@ -293,9 +293,17 @@ def test_kernels_refuse_other_weights_and_empty_shapes() -> None:
     assert "groups" in str(pack.supports(1, 16, 48, 48))
 
 
-def test_every_pair_of_formats_has_a_reference() -> None:
+def test_every_pair_of_formats_has_a_reference_that_calls_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = {(k.weight, k.activation) for k in registered()}
-    assert all("reference" in kernels_for(w, a, "cpu") for w, a in pairs)
+    assert pairs == {("bf16", None), *ops.GEMMS}
+    assert {*ops.GEMMS.values(), "quantize_per_token_int8", "quantize_per_token_fp8"} == set(ops.OPS)
+    called: list[str] = []
+    for name, op in list(ops.OPS.items()):
+        monkeypatch.setitem(ops.OPS, name, lambda *a, name=name, op=op: called.append(name) or op(*a))
+    for weight, activation in pairs:
+        form = kernels_for(weight, activation, "cpu")["reference"]
+        form.run(form.prepare(operands(weight, 16, 32)), _random(2, 32))
+        assert weight == "bf16" or called[-1] == ops.GEMMS[weight, activation]
 
 
 class FakeClock:

@@ -315,7 +315,7 @@ def test_a_whole_model_that_lost_a_tensor_does_not_load(tmp_path: Path) -> None:
 def test_a_compressed_tensors_folder_is_told_apart(tmp_path: Path) -> None:
     model = tiny.decoder()
     model.config.architectures = ["LlamaForCausalLM"]
-    lowprec.export(tmp_path / "a", config=model.config, tensors=model.state_dict(), solved={}, schemes={})
+    lowprec.write_artefact(tmp_path / "a", config=model.config, tensors=model.state_dict(), solved={}, schemes={})
     with pytest.raises(ArtifactError, match=r"lowprec\.load_artefact"):
         lowprec.apply_artefact(model, tmp_path / "a")
 

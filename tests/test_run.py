@@ -26,7 +26,7 @@ from lowprec.errors import ArtifactError, ConfigError, DataError, ModelError
 from lowprec.formats import scheme_named
 from lowprec.records import Workload
 from lowprec.report import report_from_json
-from lowprec.results import Report
+from lowprec.results import REUSED, Report
 from lowprec.settings import Effort
 from lowprec.steps.load import load, wrap
 from lowprec.steps.scratch import Scratch
@@ -116,6 +116,8 @@ def test_another_budget_reallocates_and_never_hides_that_data_was_read(place: Pa
     assert (out / "cost.json").read_bytes() == cost
     assert len({r.plan.groups for r in reports}) > 1, "budgets this far apart give other mixes"
     assert reports[-1].reused, "two looks hold no unread data for a fourth plan"
+    assert REUSED in (out / "model" / "README.md").read_text()
+    assert REUSED not in (place / "out" / "model" / "README.md").read_text()
     bits = [r.cost.effective_bits for r in reports]
     assert bits == sorted(bits, reverse=True), "a larger budget never costs more"
 

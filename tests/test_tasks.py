@@ -1,9 +1,7 @@
 """Multiple-choice tasks: reading, scoring, refusal at chance level."""
 
 import json
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ from lowprec.errors import ConfigError, DataError
 from lowprec.records import Budget
 from lowprec.steps.judge import judge
 from lowprec.steps.tasks import (
-    Pair,
     Question,
     check_above_chance,
     encode_pair,
     load_task,
     paired_answers,
-    score_task,
 )
 
 
@@ -37,19 +33,8 @@ class Characters:
         return {"input_ids": [1] * self.bos + [ord(c) for c in text] + [2] * self.eos}
 
 
-def by_letter(letter: str, gain: float = 0.0) -> Any:
-    """A model under which every character costs a nat, but `letter` costs minus `gain`."""
-
-    def loglikelihood(pairs: Sequence[Pair]) -> list[float]:
-        return [sum(gain if i == ord(letter) else -1.0 for i in continuation) for _, continuation in pairs]
-
-    return loglikelihood
-
-
 def question(choices: tuple[str, ...], answer: int) -> Question:
-    return Question(
-        context="Q:", continuations=tuple(f" {c}" for c in choices), lengths=tuple(map(len, choices)), answer=answer
-    )
+    return Question(context="Q:", continuations=tuple(f" {c}" for c in choices), answer=answer)
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -66,7 +51,7 @@ def test_jsonl_and_its_two_names_for_the_context(tmp_path: Path) -> None:
         ],
     )
     first, second = load_task(f"task:{path}")
-    assert first == Question(context="2+2?", continuations=(" 3", " 4"), lengths=(1, 1), answer=1)
+    assert first == Question(context="2+2?", continuations=(" 3", " 4"), answer=1)
     assert second.context == "Sky"
 
 
@@ -134,18 +119,6 @@ def test_the_continuation_is_what_lies_beyond_the_context() -> None:
     assert encode_pair(Characters(eos=True), "ab", " c") == ((1, ord("a"), ord("b")), (ord(" "), ord("c")))
     with pytest.raises(DataError, match="context of a question gives no token"):
         encode_pair(Characters(bos=False), "", "x")
-
-
-def test_sum_and_normalised_choose_differently() -> None:
-    questions = [question(("b", "aaab"), 1), question(("b", "cccc"), 0)]
-    model = by_letter("a", gain=-0.1)
-    assert score_task(questions, Characters(), model).tolist() == [0.0, 1.0]
-    assert score_task(questions, Characters(), model, normalised=True).tolist() == [1.0, 0.0]
-
-
-def test_scores_that_are_nan_are_no_answers() -> None:
-    with pytest.raises(ValueError, match="not all finite"):
-        score_task([question(("a", "b"), 0)], Characters(), lambda pairs: [math.nan] * len(pairs))
 
 
 def test_a_task_at_chance_level_is_refused_with_both_numbers() -> None:

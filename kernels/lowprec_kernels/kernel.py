@@ -2,7 +2,8 @@
 
 `prepare` turns operands (codes, scales, bias) into the layout that the form wants, once; `run` computes from it. A
 kernel says which weight and activation format it computes ("int8" weights with "int8" activations, ...), so two
-kernels of equal formats compute the same numbers up to rounding and differ in speed alone. Which one is best is
+kernels of equal formats compute the same numbers up to rounding, those of the op that `ops.GEMMS` names for the pair,
+and differ in speed alone. Which one is best is
 never assumed: it depends on the processor and is measured (`timing.py`).
 
 A module of this package that has a tuple `KERNELS` adds its kernels to `registered()`; nothing else is edited.

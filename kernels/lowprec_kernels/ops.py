@@ -10,9 +10,13 @@
 | w4a8_int8_gemm, w4a8_fp8_gemm | x_codes, x_scale, w_packed, w_scale, bias?, group_size, out_dtype | y[M,N] |
 
 Scales are float32, bias any float dtype, M may be 0, operands may have any strides. Integer products are summed
-exactly. The default implementation on every device is `reference.py`; a device's kernel registers itself with
-`OPS[name].register_kernel(device)` and replaces it there. The packed layout is drawn in `packing.py`; what happens to
-values that are not finite is said in `reference.py`. A wrong shape or dtype raises ValueError, also in the fake form.
+exactly. Every op computes `reference.py`'s numbers, on any device; the packed layout is drawn in `packing.py`, and what
+happens to values that are not finite is said in `reference.py`. A wrong shape or dtype raises ValueError, also in the
+fake form.
+
+What runs fast is a `kernel.Kernel`: it names a pair of formats and so, in `GEMMS`, the op whose numbers it must give.
+The kernels called "reference" (`slow.py`) call the ops; the runtime compares its layers with these, and the tests do so
+with every kernel that is registered.
 """
 
 from typing import Any
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowprec_kernels import reference
+from lowprec_kernels.kernel import ActivationKind, WeightKind
 from lowprec_kernels.packing import CODES_PER_WORD
 
 OPS: dict[str, Any] = {}
@@ -231,6 +236,15 @@ def _(
     return x_codes.new_empty((x_codes.shape[0], w_packed.shape[0]), dtype=out_dtype)
 
 
+# (weights, activations) -> the op that multiplies them; bfloat16 weights are a plain matmul and have none.
+GEMMS: dict[tuple[WeightKind, ActivationKind | None], str] = {
+    ("int8", None): "w8a16_gemm",
+    ("int8", "int8"): "w8a8_int8_gemm",
+    ("fp8", "fp8"): "w8a8_fp8_gemm",
+    ("int4", None): "w4a16_gemm",
+    ("int4", "int8"): "w4a8_int8_gemm",
+    ("int4", "fp8"): "w4a8_fp8_gemm",
+}
 OPS.update(
     {
         "quantize_per_token_int8": quantize_per_token_int8,

@@ -4,14 +4,17 @@ Keys of the front matter: huggingface.co/docs/hub/model-cards (base_model, base_
 license, pipeline_tag). Figures carry their origin, measured or modelled.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowprec.artifacts.folder import write_text
 from lowprec.records import ArtefactForm, PrecisionPlan, Verdict
-from lowprec.results import CostResult, LossResult, SchemeShare
+from lowprec.results import REUSED, CostResult, LossResult, SchemeShare
 
 FILE_NAME = "README.md"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*$", re.MULTILINE)
 VERDICTS: dict[Verdict, str] = {
     "within": "The loss stays within the budget.",
     "over": "The loss exceeds the budget.",
@@ -48,8 +51,8 @@ def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
 def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool, form: ArtefactForm) -> str:
     standard = form == "compressed-tensors"
     lines = ["---", f"library_name: {'transformers' if standard else 'lowprec'}"]
-    # A local folder is no name on the hub, and the hub refuses such a base model.
-    if plan.model.count("/") == 1 and not plan.model.startswith((".", "/", "~")):
+    # A local folder is no name on the hub, and the hub would take it for one.
+    if HUB_NAME.fullmatch(plan.model) and not plan.model.startswith(".") and not Path(plan.model).exists():
         lines += [f"base_model: {plan.model}", "base_model_relation: quantized"]
     if licence:
         lines.append(f"license: {licence}")
@@ -107,6 +110,7 @@ def model_card(
     plan: PrecisionPlan,
     *,
     verdict: Verdict | None = None,
+    reused: bool = False,
     loss: LossResult | None = None,
     cost: CostResult | None = None,
     schemes: Sequence[SchemeShare] = (),
@@ -120,6 +124,7 @@ def model_card(
     Args:
         plan: what was decided; `plan.model` is the base model.
         verdict, loss, cost: results, left out of the card while they are not there yet.
+        reused: whether the verdict's text had been read before; the card then says so beside the verdict.
         schemes: how many groups and parameters each scheme holds; counted from the plan's groups when empty.
         notes: what runtimes refuse or do differently (`WrittenArtefact.runtime_notes`).
         licence: the base model's licence identifier, when known.
@@ -135,7 +140,7 @@ def model_card(
         "",
     ]
     if verdict is not None:
-        parts += [f"**{verdict}**: {VERDICTS[verdict]}", ""]
+        parts += [f"**{verdict}**: {VERDICTS[verdict]}{f' {REUSED}' if reused else ''}", ""]
     rows = [*(_loss_lines(loss) if loss else ()), *(_cost_lines(cost) if cost else ())]
     if rows:
         parts += ["| | |", "|---|---|", *rows, ""]
@@ -151,6 +156,17 @@ def model_card(
     if notes:
         parts += ["## Limits", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(parts)
+
+
+def licence_of(folder: Path) -> str | None:
+    """The key `license` in the front matter of a model folder's README.md; None where there is none."""
+    try:
+        text = (folder / FILE_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    found = LICENCE.search(front)
+    return found[1] if found else None
 
 
 def write_card(folder: Path, text: str) -> Path:

@@ -88,7 +88,7 @@ def unsupported(module: Any, scheme: Scheme) -> str | None:
         return (
             "transformers' Conv1D keeps its weight transposed and compressed-tensors quantises only nn.Linear and "
             "nn.Embedding: a loader would leave the layer with random weights; lowprec's own form holds it "
-            "(lowprec.export_own), and lowprec.load_artefact loads that"
+            "(lowprec.write_own_form), and lowprec.load_artefact loads that"
         )
     if name not in CONVERTED_CLASSES:
         return f"{name} is not nn.Linear, and a loader of compressed-tensors would leave it with random weights"

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lowprec.artifacts.card import model_card, write_card
+from lowprec.artifacts.card import licence_of, model_card, write_card
 from lowprec.artifacts.compressed_tensors import WrittenArtefact, plan_artefact, write_artefact
 from lowprec.artifacts.digests import write_digests
 from lowprec.artifacts.loading import apply_artefact, load_artefact, read_back
@@ -192,22 +192,27 @@ def finish(
     judgement: Judgement | None = None,
     cost: CostResult | None = None,
     notes: Sequence[str] = (),
+    reused: bool = False,
 ) -> None:
     """Adds probe set, model card and digests to an artefact; again with the verdict, once there is one."""
     prepared = chosen.prepared
-    decoder = prepared.context.model.kind == "decoder"
+    model = prepared.context.model
+    decoder = model.kind == "decoder"
     if decoder and not (folder / "probe.safetensors").exists():
         windows = [ids[:PROBE_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROBE_TOKENS]
         if windows:
-            model = _Scored(prepared.stream, chosen.overlay)
-            save_probe(folder, make_probe(model, torch.stack(windows[:PROBE_WINDOWS])))
+            scored = _Scored(prepared.stream, chosen.overlay)
+            save_probe(folder, make_probe(scored, torch.stack(windows[:PROBE_WINDOWS])))
+    source = getattr(model.config, "_name_or_path", "")
     card = model_card(
         chosen.plan,
         verdict=judgement.verdict if judgement else None,
+        reused=reused,
         loss=judgement.loss if judgement else None,
         cost=cost,
         schemes=shares(chosen),
         notes=notes,
+        licence=licence_of(Path(source)) if source else None,
         decoder=decoder,
         form=form_of(folder),
     )

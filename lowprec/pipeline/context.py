@@ -1,10 +1,12 @@
 """What every stage is given: the model, what is asked of it, and where everything is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowprec.artifacts.folder import RunFolder
+from lowprec.errors import ConfigError
+from lowprec.records import Budget
 from lowprec.report.progress import RunProgress
-from lowprec.settings import Settings
+from lowprec.settings import Settings, parse_budget
 from lowprec.steps.load import Model
 from lowprec.steps.metrics import Metric, metric_of
 from lowprec.targets import Target, target_for
@@ -20,6 +22,22 @@ class Context:
     progress: RunProgress
     target: Target
     metric: Metric
+
+    def with_budget(self, budget: Budget | str | float) -> "Context":
+        """The same run with another limit, "2%", 0.02 or a `Budget`.
+
+        Raises:
+            ConfigError: a budget of another metric or confidence, which is measured on a text of its own.
+        """
+        before = self.metric.budget
+        found = budget if isinstance(budget, Budget) else parse_budget(budget, before.metric, before.confidence)
+        if (found.metric, found.confidence) != (before.metric, before.confidence):
+            raise ConfigError(
+                f"this run measures {before.metric} at {before.confidence:g}, not {found.metric} at "
+                f"{found.confidence:g}: begin another run on the folder, which keeps what was calibrated"
+            )
+        metric = metric_of(found, self.model, self.settings.seed)
+        return replace(self, settings=replace(self.settings, budget=found), metric=metric)
 
 
 def context_of(model: Model, settings: Settings, folder: RunFolder, progress: RunProgress) -> Context:

@@ -1,11 +1,11 @@
 """Stage 2: calibrates, rounds every group in every format, and scores every (group, scheme) in nats."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowprec.formats import scheme_named
 from lowprec.pipeline.prepare import Prepared
-from lowprec.records import SensitivityRow, digest
+from lowprec.records import Budget, SensitivityRow, digest
 from lowprec.results import CheckedPair
 from lowprec.steps.calibrate import Calibration, calibrate
 from lowprec.steps.check import choose_pairs
@@ -39,6 +39,15 @@ class Scored:
         prepared = self.prepared
         named = {name: scheme_named(schemes.get(name, "bf16")) for name in prepared.names}
         return prepared.rounder.overlay(named, self.calibration)
+
+    def with_budget(self, budget: Budget | str | float) -> "Scored":
+        """The same scores, to choose a mix for another limit from ("2%", 0.02 or a `Budget` of the same metric).
+
+        Raises:
+            ConfigError: a budget of another metric or confidence.
+        """
+        context = self.prepared.context.with_budget(budget)
+        return replace(self, prepared=replace(self.prepared, context=context))
 
 
 def score(prepared: Prepared) -> Scored:
@@ -103,7 +112,19 @@ def _sensitivity(prepared: Prepared, calibration: Calibration, scratch: Scratch)
 
 
 def check(scored: Scored) -> tuple[CheckedPair, ...]:
-    """Measures some (group, scheme) pairs directly, on tuning data, the same number in each scheme."""
+    """Measures some (group, scheme) pairs directly, on tuning data, the same number in each scheme.
+
+    sensitivity.json has what was found beside the predictions.
+    """
+    pairs = _checked(scored)
+    measured = {(pair.group, pair.scheme): pair.measured_kl_nats for pair in pairs}
+    rows = tuple(replace(row, measured_kl_nats=measured.get((row.group, row.scheme))) for row in scored.rows)
+    if rows != scored.rows:
+        scored.prepared.context.folder.write_step("sensitivity", rows, scored.prepared.inputs)
+    return pairs
+
+
+def _checked(scored: Scored) -> tuple[CheckedPair, ...]:
     prepared, predicted = scored.prepared, scored.predicted
     context, effort = prepared.context, prepared.context.settings.effort
     some = batched(prepared.splits.tuning.subset(effort.checked_tokens))

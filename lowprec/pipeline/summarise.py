@@ -39,7 +39,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
     settings, metric = context.settings, context.metric.budget
     judgement, accounts = proved.judgement, Accounts(chosen)
     cost = accounts.cost(artefact)
-    finish(chosen, artefact.path, judgement, cost, artefact.notes)
+    finish(chosen, artefact.path, judgement, cost, artefact.notes, proved.reused)
     final = verified.chosen
     return Report(
         model=context.model.name,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lowprec.report import numbers
 from lowprec.report.palette import look_of
-from lowprec.results import Report
+from lowprec.results import REUSED, Report
 
 VERDICT_STYLE = {"within": "bold green", "over": "bold red", "inconclusive": "bold yellow"}
 VERDICT_WORDS = {"within": "WITHIN BUDGET", "over": "OVER BUDGET", "inconclusive": "INCONCLUSIVE"}
@@ -43,7 +43,7 @@ def _verdict(report: Report, ascii_only: bool) -> Text:
     words = Text(VERDICT_WORDS[report.verdict], style=VERDICT_STYLE[report.verdict])
     words.append(f"  {_ascii(report.verdict_reason, ascii_only)}", style="not bold default")
     if report.reused:
-        words.append("\nThe held-out data had been read by an earlier run on this folder: indicative only.", "yellow")
+        words.append(f"\n{REUSED}", "yellow")
     return words
 
 

@@ -35,7 +35,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from lowprec.errors import BudgetError, ConfigError
-from lowprec.records import Budget
 
 GOAL_SCALE = 1e6
 MAX_CUTS = 10
@@ -73,38 +72,6 @@ class Allocation:
 Choices = Mapping[str, Sequence[Option]]
 Kept = Mapping[str, list[Option]]
 Picks = dict[str, Option]
-
-
-def to_limit(budget: Budget, metric: str | None = None, reference: float | None = None) -> float:
-    """The budget as a limit on the sum of predicted losses, in nats of mean loss.
-
-    A perplexity is exp(mean loss), so a relative budget of 5 % is ln 1.05 nats; an absolute one needs the
-    `reference` perplexity. A budget on the KL divergence is in nats already.
-
-    Args:
-        budget: what may be lost.
-        metric: the metric's name, the budget's own by default.
-        reference: the unquantised model's value of the metric.
-
-    Raises:
-        ConfigError: the metric has no fixed relation to nats, or an absolute perplexity budget has no reference.
-    """
-    name = metric or budget.metric
-    if name == "perplexity":
-        if budget.kind == "relative":
-            return math.log1p(budget.limit)
-        if reference is None or not reference > 0:
-            raise ConfigError(f"an absolute perplexity budget needs the reference perplexity, it is {reference}")
-        return math.log1p(budget.limit / reference)
-    if name == "kl":
-        if budget.kind == "relative":
-            raise ConfigError(
-                "a relative budget on KL has no meaning, the reference's is 0: use an absolute one, in nats"
-            )
-        return budget.limit
-    raise ConfigError(
-        f"a budget on {name!r} has no fixed relation to nats: fit one on tuning data, or use perplexity or kl"
-    )
 
 
 def allocate(

@@ -73,14 +73,15 @@ def _short(leaf: str) -> str:
 
 
 def _unquantised(module: nn.Module, grouped: list[str], refused: dict[str, str]) -> tuple[Unquantised, ...]:
-    taken = {id(module.get_submodule(name).weight) for name in grouped}
+    taken = {id(module.get_submodule(name).weight): name for name in grouped}
     total = sum(_bytes(p) for p in module.parameters())
     found: dict[str, tuple[str, int]] = {}
     for name, parameter in module.named_parameters():
         owner = name.rpartition(".")[0]
         if id(parameter) in taken and name.endswith("weight"):
             if isinstance(module.get_submodule(owner), nn.Embedding):
-                found[owner] = ("embedding, tied to a quantised layer's source", _bytes(parameter))
+                reason = f"embedding; stays as it is whatever becomes of {taken[id(parameter)]}, which is tied to it"
+                found[owner] = (reason, _bytes(parameter))
             continue
         key, reason = _reason(module, name, owner, parameter, refused)
         found[key] = (reason, found.get(key, ("", 0))[1] + _bytes(parameter))

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from lowprec.errors import ConfigError, ModelError
-from lowprec.steps.tokens import Batch, TokenSet
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -141,29 +140,6 @@ def token_scores(
         difference.masked_fill_(log_p == -torch.inf, 0.0)
         kl[rows] = torch.einsum("tv,tv->t", log_p.exp_(), difference)
     return loss_reference, loss, kl, top1
-
-
-def score_batch(windows: TokenSet, batch: Batch, logits_reference: torch.Tensor, logits: torch.Tensor) -> PairedScores:
-    """Sums of next-token scores for each window of `batch`; logits are [B, T, V], padding is left out.
-
-    Raises:
-        ModelError: a sum is not finite.
-    """
-    columns: list[list[float]] = []
-    for row, length in enumerate(batch.lengths.tolist()):
-        labels = batch.ids[row, 1:length].to(logits.device)
-        parts = token_scores(logits_reference[row, : length - 1], logits[row, : length - 1], labels)
-        columns.append([float(part.sum(dtype=torch.float64)) for part in parts])
-    loss_reference, loss, kl, top1 = np.array(columns).T
-    return PairedScores(
-        unit=np.array([windows.units[i] for i in batch.index]),
-        source=np.array([windows.sources[i] for i in batch.index]),
-        tokens=batch.lengths.numpy() - 1,
-        loss_reference=loss_reference,
-        loss=loss,
-        kl=kl,
-        top1=top1.astype(np.int64),
-    )
 
 
 def change(values: PairedValues, kind: Literal["relative", "absolute"]) -> tuple[Floats, Floats]:

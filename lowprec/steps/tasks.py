@@ -1,9 +1,8 @@
 """Multiple-choice tasks as a metric: `task:FILE`, a local JSONL file or a local lm-eval YAML.
 
-A question's answer is the choice with the highest summed log-likelihood given the context; with `normalised` the sum is
-first divided by the number of characters of the choice (lm-eval's `acc_norm`). As in lm-eval (`api/model.py`,
-`_encode_pair`) the continuation's tokens are those of context + continuation beyond the context's own, and blanks at
-the end of the context go to the continuation, where tokenizers expect them.
+A question's answer is the choice with the highest summed log-likelihood given the context (lm-eval's `acc`). As in
+lm-eval (`api/model.py`, `_encode_pair`) the continuation's tokens are those of context + continuation beyond the
+context's own, and blanks at the end of the context go to the continuation, where tokenizers expect them.
 
 A task that the reference answers no better than chance cannot show a loss, so it is refused: one-sided binomial test
 at 95 % against the mean of 1/choices. The loss is the relative drop of accuracy, paired per question (`steps.judge`).
@@ -15,7 +14,7 @@ Left out: generation tasks, several right answers, few-shot prompts other than t
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,14 @@ PREFIX = "task:"
 CHANCE_CONFIDENCE = 0.95
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
-LogLikelihood = Callable[[Sequence[Pair]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A context, the continuations to choose from (the blank between them included), and the index of the right one.
-
-    `lengths` are the characters of the bare choices, for normalised scores.
-    """
+    """A context, the continuations to choose from (the blank between them included), and the index of the right one."""
 
     context: str
     continuations: tuple[str, ...]
-    lengths: tuple[int, ...]
     answer: int
 
 
@@ -69,27 +63,6 @@ def load_task(metric: str) -> tuple[Question, ...]:
     if not questions:
         raise DataError(f"{path} holds no question")
     return questions
-
-
-def score_task(
-    questions: Sequence[Question], tokenizer: Any, loglikelihood: LogLikelihood, normalised: bool = False
-) -> NDArray[np.float64]:
-    """1.0 where the model answers right, else 0.0, per question [Q].
-
-    Args:
-        loglikelihood: from (context ids, continuation ids) to the summed log-likelihood of the continuation, in nats.
-    """
-    pairs = [encode_pair(tokenizer, q.context, c) for q in questions for c in q.continuations]
-    values = list(loglikelihood(pairs))
-    if len(values) != len(pairs) or not np.isfinite(values).all():
-        raise ValueError(f"{len(values)} log-likelihoods, not all finite, for {len(pairs)} continuations")
-    right, start = [], 0
-    for question in questions:
-        scores = np.array(values[start : start + len(question.continuations)])
-        start += len(question.continuations)
-        chosen = int(np.argmax(scores / np.array(question.lengths) if normalised else scores))
-        right.append(float(chosen == question.answer))
-    return np.array(right)
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
@@ -171,7 +144,6 @@ def _question(record: Any) -> Question:
     return Question(
         context=context,
         continuations=tuple(f" {choice.strip()}" for choice in choices),
-        lengths=tuple(max(len(choice.strip()), 1) for choice in choices),
         answer=answer,
     )
 
@@ -201,7 +173,6 @@ def _from_lm_eval(path: Path) -> Iterator[Question]:
         yield Question(
             context=task.doc_to_text(document),
             continuations=tuple(f"{delimiter}{choice}" for choice in choices),
-            lengths=tuple(max(len(choice), 1) for choice in choices),
             answer=index,
         )
 
