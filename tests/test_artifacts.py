@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowprec.artifacts import compressed_tensors as ct
 from lowprec.artifacts.card import model_card, write_card
 from lowprec.artifacts.compressed_tensors import plan_artefact, write_artefact
-from lowprec.artifacts.ct_checks import skeleton_of
 from lowprec.artifacts.ct_schemes import runtime_notes, unsupported
 from lowprec.artifacts.digests import verify_digests, write_digests
 from lowprec.artifacts.loading import load_artefact, read_back, schemes_of

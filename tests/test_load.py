@@ -1,4 +1,4 @@
-"""What is loaded is the model that the files hold: no part of it vanishes, and whatever is wrong is the user's to mend."""
+"""What is loaded is the model that the files hold: no part of it vanishes, and damage is told as damage."""
 
 import json
 from pathlib import Path
