@@ -1,6 +1,7 @@
 """What is loaded is the model that the files hold: no part of it vanishes, and damage is told as damage."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,27 @@ def test_a_class_that_is_missing_or_unknown_is_never_taken_for_an_encoder(folder
 
 def test_a_head_is_never_dropped(tmp_path: Path) -> None:
     llama = transformers.LlamaForSequenceClassification(tiny.DECODERS["llama"])
-    with pytest.raises(ModelError, match=r"LlamaForSequenceC.* dropped: score\.weight \(512 bytes\); .*lowprec\.wrap"):
+    with pytest.raises(ModelError, match=r"no part of a LlamaModel.*: score\.weight \(512 bytes\); .*lowprec\.wrap"):
         load(saved(tmp_path / "llama", llama))
     bert = transformers.BertForMaskedLM(tiny.ENCODERS["bert"])
-    with pytest.raises(ModelError, match=r"BertForMaskedLM .* dropped: cls\.predictions\.bias, .*bytes"):
+    with pytest.raises(ModelError, match=r"no part of a BertModel.*: cls\.predictions\.bias, .*bytes"):
         load(saved(tmp_path / "bert", bert))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neo"])
+def test_buffers_that_early_checkpoints_hold_are_no_weights(tmp_path: Path, name: str) -> None:
+    neo = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "hidden_size": 64}
+    configs = {"gpt2": tiny.DECODERS["gpt2"], "gpt-neo": transformers.GPTNeoConfig(vocab_size=tiny.WORDS, **neo)}
+    folder = saved(tmp_path / "model", transformers.AutoModelForCausalLM.from_config(configs[name]))
+    file, attention = folder / "model.safetensors", {"gpt2": "attn", "gpt-neo": "attn.attention"}[name]
+    early = {f"transformer.h.0.{attention}.{leaf}": torch.ones(1, 1, 8, 8) for leaf in ("bias", "masked_bias")}
+    save_file(load_file(file) | early, file, {"format": "pt"})
+    assert load(folder).kind == "decoder"
 
 
 def test_a_decoder_called_an_encoder_keeps_its_head_or_is_refused(folder: Path) -> None:
     configure(folder, architectures=["LlamaModel"])
-    with pytest.raises(ModelError, match=r"dropped: lm_head\.weight \(38,400 bytes\)"):
+    with pytest.raises(ModelError, match=r"no part of a LlamaModel.*: lm_head\.weight \(38,400 bytes\)"):
         load(folder)
     configure(folder, architectures=["LlavaForConditionalGeneration"])
     with pytest.raises(UnsupportedError, match="more than text"):
@@ -100,10 +112,31 @@ def test_a_configuration_that_makes_no_model_is_no_bug(folder: Path) -> None:
         load(folder)
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_remote_code_runs_where_it_may(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("sys.path", [str(folder / "cache"), *sys.path])
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    configure(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+    (folder / "own.py").write_text(OWN_CODE)
+    model = load(folder, trust_remote_code=True)
+    assert (type(model.module).__name__, model.kind) == ("OwnForCausalLM", "decoder")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load(folder)
+
+
 @pytest.mark.parametrize("code", ["", "raise RuntimeError", "class OwnConfig: pass", "def broken(:"])
 def test_remote_code_that_fails_is_no_bug(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "cache"))
-    monkeypatch.setattr("sys.path", [str(folder / "cache")])
+    monkeypatch.setattr("sys.path", [str(folder / "cache"), *sys.path])
     configure(folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
     (folder / "own.py").write_text(code)
     with pytest.raises(LowprecError, match=r"config\.json makes no model \(.+\); correct it"):

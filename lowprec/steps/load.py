@@ -27,6 +27,8 @@ from lowprec.steps.stream import Forward
 Kind = Literal["decoder", "encoder", "module"]
 Look = Callable[[nn.Module], object]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Stored by early versions of transformers, though every model computes it.
+COMPUTED = (".masked_bias", ".inv_freq", ".position_ids")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
@@ -156,7 +158,7 @@ def load(source: str | Path, *, trust_remote_code: bool = False, before_weights:
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,
             )
-        _check_complete(folder, files, info, config.architectures[0])
+        _check_complete(folder, files, module, info)
         with _blamed(f"{folder} has no tokenizer that loads", "save the model's tokenizer beside it"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return _model(module, tokenizer, str(source), decoder, tuple(info["missing_keys"]))
@@ -179,7 +181,7 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _check_complete(folder: Path, files: Mapping[str, Path], info: Mapping[str, Any], architecture: str) -> None:
+def _check_complete(folder: Path, files: Mapping[str, Path], module: nn.Module, info: Mapping[str, Any]) -> None:
     """Raises ModelError when what was loaded is not what the files hold, no more and no less."""
     if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
         raise ModelError(f"{folder} lacks weights of the model: {_some(missing)}; get the model again")
@@ -188,11 +190,15 @@ def _check_complete(folder: Path, files: Mapping[str, Path], info: Mapping[str, 
             f"{folder}: tensor {name} is {list(stored)}, the configuration says {list(expected)}; "
             "config.json and weights are not of one model"
         )
-    if unused := sorted(info["unexpected_keys"]):
+    buffers = tuple(f".{name}" for name, _ in module.named_buffers())
+    unused = sorted(
+        key for key in info["unexpected_keys"] if not f".{key}".endswith(buffers) and not key.endswith(COMPUTED)
+    )
+    if unused:
         raise ModelError(
-            f"{folder} holds weights that are no part of the decoder or encoder in this {architecture} and would be "
-            f"dropped: {_some(unused)} ({stored_bytes(files, unused):,} bytes); load the whole model yourself and give "
-            "it with lowprec.wrap, or save the part that you want without them"
+            f"{folder} holds weights that are no part of a {type(module).__name__}, as which it would be optimised: "
+            f"{_some(unused)} ({stored_bytes(files, unused):,} bytes); load the whole model yourself and give it with "
+            "lowprec.wrap, or save the part that you want without them"
         )
 
 
