@@ -25,6 +25,7 @@ from lowprec.pipeline.artefact import export
 from lowprec.pipeline.choose import choose
 from lowprec.pipeline.context import Context, context_of
 from lowprec.pipeline.estimate import Estimate, estimate
+from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import prepare
 from lowprec.pipeline.price import price
 from lowprec.pipeline.prove import prove
@@ -150,12 +151,16 @@ def complete(context: Context) -> Report:
     """Takes a run through all of its stages and writes the reports."""
     prepared = prepare(context)
     scored = score(prepared)
+    give_back_memory()
     pairs = check(scored)
-    chosen = choose(scored, price(prepared))
+    priced = price(prepared)
+    give_back_memory()
+    chosen = choose(scored, priced)
     loaded = export(chosen)
     proved, artefact = prove(chosen, loaded), loaded.artefact
     # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
     del loaded
+    give_back_memory()
     report = summarise(chosen, artefact, proved, pairs)
     context.folder.write_text(REPORT_JSON, report_json(report))
     context.folder.write_text(REPORT_HTML, report_html(report))

@@ -1,11 +1,14 @@
 """The command line: arguments, progress, exit codes.
 
-Exit codes: 0 the verdict is within the budget, 1 over or inconclusive, 2 an error (one message, no traceback).
+Exit codes: 0 the verdict is within the budget, 1 over or inconclusive, 2 an error (one message, no traceback),
+130 interrupted.
 """
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +18,8 @@ from rich.console import Console
 from lowprec.errors import LowprecError
 from lowprec.records import Workload
 from lowprec.version import __version__
+
+INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +39,18 @@ def root(
     """Give it a model and a loss budget: it returns the cheapest model that stays inside, with the evidence."""
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is no error: what had been computed is in the folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: the same command resumes the run", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 @app.command()
+@_interruptible()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Hugging Face name or folder, or a GGUF file.")],
     budget: Annotated[str, typer.Option(help="Loss that is allowed: 5%, 0.05, or '0.05 abs'.")] = "5%",

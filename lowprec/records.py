@@ -102,7 +102,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.limit <= 1.0:
-            raise ConfigError(f"budget {self.limit:g} is outside (0, 1]: give a share like 5% or 0.05")
+            raise ConfigError(
+                f"budget {self.limit:g} ({100 * self.limit:g}%) is outside (0, 1]: give a share like 5% or 0.05"
+            )
         if not 0.5 < self.confidence < 1.0:
             raise ConfigError(f"confidence {self.confidence:g} is outside (0.5, 1): give for example 0.95")
 

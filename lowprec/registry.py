@@ -19,7 +19,7 @@ def closest(name: str, known: Sequence[str]) -> str:
     """The sentence that an unknown `name` is answered with: a neighbour if there is one, and all that is known."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(sorted(known))}"
+    return f"{hint}known: {', '.join(sorted(set(known)))}"
 
 
 class Registry(Generic[T]):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.records import Budget, Objective, Workload
 from lowprec.registry import closest
 
@@ -116,10 +116,27 @@ class Settings:
             raise ConfigError(
                 f"unknown calibration device {self.calibration_device!r}: {closest(self.calibration_device, DEVICES)}"
             )
+        _require_device(self.calibration_device)
         if self.workers < 1:
             raise ConfigError(f"{self.workers} workers: give 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed}: give 0 or more")
+
+
+def _require_device(name: str) -> None:
+    if name != "cuda":
+        return
+    # Settings alone need no torch.
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "calibration device 'cuda' cannot be used",
+            (
+                f"torch {torch.__version__} finds no CUDA device here: calibrate on 'cpu', or install a driver and a "
+                "torch built for CUDA",
+            ),
+        )
 
 
 def effort_named(name: str) -> Effort:

@@ -9,7 +9,10 @@ import pytest
 import lowprec
 import tiny
 from lowprec.api import optimize
+from lowprec.artifacts.compressed_tensors import write_artefact
 from lowprec.errors import ArtifactError, UnsupportedError
+from lowprec.pipeline.estimate import estimate
+from lowprec.settings import Settings
 
 
 def test_all_public_names_resolve_and_are_listed_where_they_live() -> None:
@@ -38,3 +41,21 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(ArtifactError, match="free some space"):
         optimize(tmp_path / "model", out=tmp_path / "out", effort=tiny.EFFORT)
+
+
+def test_the_estimate_holds_what_the_artefact_will_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.decoder()
+    expected = estimate(model, Settings(out=tmp_path, effort=tiny.EFFORT))
+    asked: list[int] = []
+    monkeypatch.setattr("lowprec.artifacts.compressed_tensors.require_space", lambda path, needed: asked.append(needed))
+    write_artefact(tmp_path / "model", config=model.config, tensors=model.state_dict(), solved={}, schemes={})
+    assert 0 < asked[0] <= expected.disk_bytes
+
+
+def test_a_calibration_device_that_is_not_there_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"device 'cuda' cannot be used\n.*calibrate on 'cpu'"):
+        optimize(tmp_path / "nowhere", out=tmp_path / "out", calibration_device="cuda")
+    assert not (tmp_path / "out").exists()

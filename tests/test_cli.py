@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
+from lowprec.cli import main
 from lowprec.version import __version__
 
 LOWPREC = [sys.executable, "-m", "lowprec.cli"]
@@ -33,7 +37,8 @@ def test_version_answers_without_heavy_imports() -> None:
     ("arguments", "words"),
     [
         (["MODEL", "--budget", "0"], "outside (0, 1]"),
-        (["MODEL", "--budget", "300%"], "outside (0, 1]"),
+        (["MODEL", "--budget", "300%"], "budget 3 (300%) is outside (0, 1]"),
+        (["MODEL", "--budget", "0.05 abs"], "give a relative budget"),
         (["MODEL", "--target", "onnx"], "unknown target 'onnx'"),
         (["MODEL", "--objective", "speed"], "unknown objective 'speed'"),
         (["MODEL", "--schemes", "int5"], "did you mean"),
@@ -70,3 +75,28 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "not a folder" in done.stderr
     assert (tmp_path / "out").read_text() == "not a folder"
+
+
+@pytest.mark.slow
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    model = tiny.folder(tmp_path / "model")
+    file, name = model / "model.safetensors", "model.layers.0.mlp.down_proj.weight"
+    save_file(load_file(file) | {name: torch.ones(64, 96)}, file, {"format": "pt"})
+    done = lowprec("calibrate", model, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert f"tensor {name} in model.safetensors is [64, 96], the configuration says [64, 128]" in done.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowprec.api.optimize", interrupted)
+    monkeypatch.setattr("sys.argv", ["lowprec", "calibrate", "model", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["interrupted: the same command resumes the run"]

@@ -196,7 +196,7 @@ def test_too_little_text_first_gives_up_looks_then_size_then_says_what_is_needed
         made(sizes=SplitSizes())
     with pytest.raises(DataError, match="1 independent units"):
         split(corpus(1, 200), Words(), SMALL)
-    with pytest.raises(DataError, match="0 tokens in 0"):
+    with pytest.raises(DataError, match=r"0 tokens in 0 .* \(1 more, in pieces of fewer than 32,"):
         split([Document(source="a", text="short")], Words(), SMALL)
 
 

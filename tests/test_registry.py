@@ -53,6 +53,7 @@ def test_second_registration_is_an_error() -> None:
 
 def test_without_a_neighbour_all_are_named() -> None:
     assert closest("zzz", ["b", "a"]) == "known: a, b"
+    assert closest("zzz", ["b", "a", "b"]) == "known: a, b", "each once"
 
 
 @pytest.mark.parametrize("registry", [WEIGHT_FORMATS, ACTIVATION_FORMATS, SOLVERS], ids=lambda r: r.kind)

@@ -24,7 +24,7 @@ from lowprec.artifacts.probe import check_probe
 from lowprec.artifacts.safetensors_io import load_tensors
 from lowprec.errors import ArtifactError, ConfigError, DataError, ModelError
 from lowprec.formats import scheme_named
-from lowprec.records import Workload
+from lowprec.records import Budget, Workload
 from lowprec.report import report_from_json
 from lowprec.results import REUSED, Report
 from lowprec.settings import Effort
@@ -354,8 +354,11 @@ def test_a_task_is_a_metric(place: Path, tmp_path: Path) -> None:
         ({"device": "h1000"}, ConfigError, "did you mean 'h100'"),
         ({"schemes": ["w4a61"]}, ConfigError, "did you mean 'w4a16'"),
         ({"effort": "fats"}, ConfigError, "did you mean 'fast'"),
-        ({"budget": "300%"}, ConfigError, "3 is outside"),
-        ({"budget": "0"}, ConfigError, "0 is outside"),
+        ({"budget": "300%"}, ConfigError, r"3 \(300%\) is outside"),
+        ({"budget": "0"}, ConfigError, r"0 \(0%\) is outside"),
+        ({"budget": "0.05 abs"}, ConfigError, "perplexity is judged by its relative increase"),
+        ({"budget": Budget(metric="kl")}, ConfigError, "kl compares two models.* give an absolute budget"),
+        ({"budget": Budget(metric="top1")}, ConfigError, "top1 compares two models"),
     ],
 )
 def test_bad_settings_say_what_to_do(
@@ -363,6 +366,7 @@ def test_bad_settings_say_what_to_do(
 ) -> None:
     with pytest.raises(error, match=words):
         run(place / "model", tmp_path / "out", place / "text.jsonl", **changed)
+    assert not list((tmp_path / "out").glob("*.json")), "refused before anything is measured"
 
 
 def test_too_little_text_says_how_much_is_needed(place: Path, tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def test_nan_activations_name_the_layer_and_the_text(tmp_path: Path) -> None:
         calibrate(stream, groups, batches(), Tokens(), no_rounding, Scratch(tmp_path, "d"), describe=lambda _: "page 7")
 
 
+def test_nan_at_the_head_names_the_text_too(tmp_path: Path) -> None:
+    model = tiny.decoder("llama-untied")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    stream, groups = built(model)
+    with pytest.raises(ModelError, match=r"lm_head holds NaN.*on the text page 7"):
+        calibrate(stream, groups, batches(), Tokens(), no_rounding, Scratch(tmp_path, "d"), describe=lambda _: "page 7")
+
+
 def reference_effects(stream: Stream, group: Group, data: list[Batch], seed: int) -> Tensor:
     """<dW, gradient> of one w4a16 group by plain autograd, sequence by sequence."""
     model = tiny.decoder("llama-untied").float()

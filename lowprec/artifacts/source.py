@@ -8,17 +8,18 @@ GGUF file (github.com/ggml-org/ggml, docs/gguf.md). Pickled weights are refused,
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from lowprec.artifacts.ct_checks import Skeleton
 from lowprec.artifacts.safetensors_io import read_header
 from lowprec.errors import ArtifactError, ModelError
 from lowprec.records import digest
@@ -57,7 +58,8 @@ def check_config(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
 
     Raises:
         ArtifactError: config.json is missing or no JSON.
-        ModelError: it names no architecture that transformers knows, or one that needs code from the folder.
+        ModelError: it names no architecture that transformers knows, or one that needs code from the folder, or no
+            class.
     """
     file = path / "config.json"
     try:
@@ -76,10 +78,29 @@ def check_config(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
             else closest(kind, sorted(CONFIG_MAPPING_NAMES)).partition("known:")[0] or "update transformers or lowprec"
         )
         raise ModelError(f"{file}: transformers knows no architecture {kind!r}; {remedy}".rstrip())
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise ModelError(f"{file}: quantization_config is no object; get the file again")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"{path} is quantised already ({method}); give the unquantised model")
+    _check_class(file, kind, config.get("architectures"), bool(trust_remote_code and config.get("auto_map")))
     return dict(config)
+
+
+def _check_class(file: Path, kind: str, names: object, own_code: bool) -> None:
+    """Raises ModelError unless `names` names a class: what it is decides which part of the weights is the model."""
+    usual = dict.fromkeys(m.get(kind) for m in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES))
+    examples = " or ".join(f'["{name}"]' for name in usual if isinstance(name, str)) or '["LlamaForCausalLM"]'
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        said = "has no architectures" if names is None else f"has the architectures {json.dumps(names)}"
+        raise ModelError(f"{file} {said}; set it to the name of the model's class, for example {examples}")
+    known = [name for name in dir(transformers) if "For" in name or name.endswith("Model")]
+    if names[0] not in known and not own_code:
+        hint = closest(names[0], known).partition("known:")[0]
+        raise ModelError(
+            f"{file}: transformers {transformers.__version__} has no class {names[0]!r}; {hint}"
+            f"set architectures to the name of the model's class, for example {examples}"
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -115,30 +136,32 @@ def _check_index(path: Path, found: Mapping[str, Path]) -> None:
             raise ArtifactError(path / INDEX, f"lists {len(lost)} tensors that no file has, such as {lost[0]}")
 
 
-def check_shapes(files: Mapping[str, Path], skeleton: Skeleton) -> None:
-    """Compares the headers of `files` (tensor -> file) with the shapes that the configuration asks for.
+def check_shapes(files: Mapping[str, Path], skeleton: nn.Module) -> None:
+    """Compares the headers of `files` (tensor -> file) with the shapes of the model on the meta device.
 
-    Names that differ by the base model's prefix (`model.`, `bert.`) are the same tensor to transformers.
+    Names that differ by the base model's prefix (`model.`, `bert.`) are the same tensor to transformers, and some
+    experts are transposed on the way in; what it renames is not compared here.
 
     Raises:
-        ModelError: a tensor of another shape, or none that the model knows.
+        ModelError: a tensor of another shape.
     """
-    known = {name: shape for name, (shape, _) in skeleton.tensors.items()}
-    bare = {name.partition(".")[2]: shape for name, shape in known.items()}
-    matched = 0
+    known = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     for file in sorted(set(files.values())):
         for name, (_, shape) in read_header(file).tensors.items():
-            expected = known.get(name, bare.get(name, known.get(name.partition(".")[2])))
-            if expected is None:
-                continue
-            matched += 1
-            if expected != shape:
+            expected = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(prefix))
+            if expected is not None and sorted(expected) != sorted(shape):
                 raise ModelError(
                     f"tensor {name} in {file.name} is {list(shape)}, the configuration says {list(expected)}; "
                     "config.json and weights are not of one model"
                 )
-    if not matched:
-        raise ModelError("none of the weights belongs to the architecture in config.json")
+
+
+def stored_bytes(files: Mapping[str, Path], names: Iterable[str]) -> int:
+    """Bytes of those of `names` that the headers of `files` (tensor -> file) have."""
+    headers = {file: read_header(file).tensors for file in set(files.values())}
+    found = [headers[files[name]][name] for name in names if name in files]
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in found)
 
 
 def finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -172,31 +195,6 @@ def weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         parts.append(f"{name}:{tuple(tensor.shape)}:{hashlib.sha256(raw.data).hexdigest()}")
     return digest(*parts)
-
-
-class FolderTensors(Mapping[str, Tensor]):
-    """The tensors of a checked folder, read from the memory-mapped files when asked for.
-
-    Args:
-        files: tensor name -> file, from `check_model_folder`.
-    """
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = dict(files)
-        self._open: dict[Path, Any] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 def check_gguf(path: Path | str) -> None:

@@ -23,12 +23,14 @@ from lowprec.artifacts.probe import make_probe, save_probe
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.choose import Chosen
+from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
 from lowprec.records import ArtefactForm
 from lowprec.results import CostResult, SchemeShare
+from lowprec.runtime.convert import weight_of
 from lowprec.steps.judge import Judgement
 from lowprec.steps.measure import run_through
-from lowprec.steps.stream import Overlay, Stream
+from lowprec.steps.stream import Overlay, Override, Stream
 from lowprec.steps.tokens import Batch
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
@@ -47,10 +49,11 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loaded:
-    """The artefact, and the model that a runtime loaded from it."""
+    """The artefact, the model that a runtime loaded from it, and what is laid over that to save memory."""
 
     artefact: Artefact
     stream: Stream
+    overlay: Overlay
 
 
 class _Scored(nn.Module):
@@ -101,7 +104,8 @@ def export(chosen: Chosen) -> Loaded:
             weight_bytes=written.weight_bytes,
             notes=written.runtime_notes,
         )
-        return Loaded(artefact=artefact, stream=_load(chosen, artefact))
+        stream = _load(chosen, artefact)
+        return Loaded(artefact=artefact, stream=stream, overlay=_held_as_codes(stream, artefact.solved))
 
 
 def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
@@ -151,6 +155,21 @@ def _load(chosen: Chosen, artefact: Artefact) -> Stream:
             f"forward(module, batch) does not run {unused[0]} of the module that it is given; let it do so"
         )
     return stream
+
+
+def _held_as_codes(stream: Stream, solved: Mapping[str, QuantizedWeight]) -> Overlay:
+    """Drops each dense weight that is exactly what its codes say, and has the codes make it again when it is needed.
+
+    A dense weight takes four bytes where its code takes one. One that differs stays, so that it is what is judged.
+    """
+    overlay: dict[str, Override] = {}
+    for layer, weight in solved.items():
+        module = stream.layers[layer]
+        if torch.equal(weight_of(module).float(), weight.dequantize()):
+            overlay[layer] = Override(weight=weight.dequantize)
+            module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
+    give_back_memory()
+    return overlay
 
 
 def input_scales(chosen: Chosen) -> dict[str, Tensor]:

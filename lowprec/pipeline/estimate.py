@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
 from lowprec.settings import Settings
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.tokens import BATCH_TOKENS
@@ -38,7 +39,8 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     """What optimising `module` with `settings` is expected to take on this machine.
 
     Memory: the stored weights, two blocks and everything outside them in float32, the samples' hidden states, and a
-    few buffers of logits. Time: the tokens that pass through the model, forwards counted once and backwards as three,
+    few buffers of logits. Disk: codes, samples and the artefact, with the room that it asks for beside its weights.
+    Time: the tokens that pass through the model, forwards counted once and backwards as three,
     over the measured speed of a matmul.
     """
     effort = settings.effort
@@ -62,7 +64,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     )
     return Estimate(
         memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + samples + logits),
-        disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)),
+        disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
 

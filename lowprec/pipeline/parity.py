@@ -38,7 +38,7 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
         equal = set(back) == set(chosen.solved) and all(_same(chosen.solved[layer], back[layer]) for layer in back)
         some = prepared.splits.tuning.subset(LOADED_TOKENS).batches()
         scored = _outputs(run_through(stream, some, overlay), some)
-        kl = _kl(context, some, scored, _outputs(run_through(loaded.stream, some), some))
+        kl = _kl(context, some, scored, _outputs(run_through(loaded.stream, some, loaded.overlay), some))
         few = prepared.splits.tuning.subset(NOISE_TOKENS).batches()
         # Kept, as the module that they come from is changed for the runtime.
         expected = list(_outputs(run_through(stream, few, overlay), few))

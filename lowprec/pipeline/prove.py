@@ -89,7 +89,9 @@ def _look(chosen: Chosen, loaded: Loaded, data: TokenSet) -> Looked:
         depth = prepared.stream.depth
         with context.progress.step("judge", 2 * depth, "blocks") as step:
             reference = run_through(prepared.stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
-            candidate = run_through(loaded.stream, batches, progress=lambda d, _: step.report(depth + d, 2 * depth))
+            candidate = run_through(
+                loaded.stream, batches, loaded.overlay, lambda d, _: step.report(depth + d, 2 * depth)
+            )
             stored = compare(reference, [candidate], batches, context.metric.compare(data))[0].tolist()
         context.folder.write_step(name, stored, inputs)
     return context.metric.looked(torch.tensor(stored, dtype=torch.float64), data, batches)

@@ -166,7 +166,7 @@ def calibrate(
         outside = [g for g in groups if g.block is None and not stream.whole]
         if outside:
             gather = Gather(stream, outside, len(batches) - probing)
-            _outside(stream, hidden, batches, outcome, gather)
+            _outside(stream, hidden, batches, outcome, gather, describe)
             amax |= gather.amax
             on_groups([(group, gather.statistics(group)) for group in outside])
         if probing and not stream.whole:
@@ -205,9 +205,19 @@ def _on(text: str) -> str:
     return f", on the text {text}" if text else ""
 
 
-def _outside(stream: Stream, hidden: Sequence[Any], batches: Sequence[Any], outcome: Outcome, gather: Gather) -> None:
+def _outside(
+    stream: Stream,
+    hidden: Sequence[Any],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    gather: Gather,
+    describe: Callable[[Any], str],
+) -> None:
     with stream.outer(), gather.hooks(stop_after=True):
         for given, batch in zip(hidden[: gather.batches], batches, strict=False):
             gather.where = outcome.positions(batch)
-            with contextlib.suppress(_StopForward):
-                stream.leave(given, batch)
+            try:
+                with contextlib.suppress(_StopForward):
+                    stream.leave(given, batch)
+            except ModelError as error:
+                raise ModelError(f"{error}{_on(describe(batch))}") from None

@@ -146,8 +146,8 @@ def split(documents: Sequence[Document], tokenizer: Any, sizes: SplitSizes, seed
     encoder = tokenizer if isinstance(tokenizer, Encoder) else encoder_of(tokenizer)
     found = find_units(documents)
     names = tuple(dict.fromkeys(document.source for document in documents))
-    units = _windows(found, encoder, names, sizes.window)
-    sizes, scale, notes = _affordable(sizes, units)
+    units, dropped = _windows(found, encoder, names, sizes.window)
+    sizes, scale, notes = _affordable(sizes, units, dropped)
     generator = random.Random(seed)
     wanted = [sizes.calibration, sizes.tuning, *[sizes.held_out] * sizes.looks]
     sets = _deal(units, [round(scale * tokens) for tokens in wanted], names, encoder, generator)
@@ -177,22 +177,26 @@ def _count(units: Iterable[list[_Window]]) -> int:
     return sum(len(window.ids) for unit in units for window in unit)
 
 
-def _windows(found: Units, encoder: Encoder, names: tuple[str, ...], window: int) -> list[list[_Window]]:
-    """The windows of every unit that has one, in the order of the documents."""
+def _windows(found: Units, encoder: Encoder, names: tuple[str, ...], window: int) -> tuple[list[list[_Window]], int]:
+    """The windows of every unit that has one, in the order of the documents, and the tokens that make none."""
     size = window - len(encoder.prefix) - len(encoder.suffix)
     documents = [(number, document) for number, unit in enumerate(found.members) for document in unit]
     encoded = encoder.encode([document.text for _, document in documents]) if documents else []
     units: list[list[_Window]] = [[] for _ in found.members]
+    dropped = 0
     for (number, document), ids in zip(documents, encoded, strict=True):
         for start in range(0, len(ids), size):
-            piece = [*encoder.prefix, *ids[start : start + size], *encoder.suffix]
-            if len(piece) >= MINIMUM_WINDOW:
+            body = ids[start : start + size]
+            piece = [*encoder.prefix, *body, *encoder.suffix]
+            if len(piece) < MINIMUM_WINDOW:
+                dropped += len(body)
+            else:
                 label = f"{document.source}: {document.name}"
                 units[number].append(_Window(torch.tensor(piece), number, names.index(document.source), label))
-    return [unit for unit in units if unit]
+    return [unit for unit in units if unit], dropped
 
 
-def _affordable(sizes: SplitSizes, units: list[list[_Window]]) -> tuple[SplitSizes, float, list[str]]:
+def _affordable(sizes: SplitSizes, units: list[list[_Window]], dropped: int) -> tuple[SplitSizes, float, list[str]]:
     """The looks that the text can fill, the share of the wanted tokens that it can give, and what to say about it."""
     found, notes = _count(units), []
     looks = sizes.looks
@@ -208,8 +212,9 @@ def _affordable(sizes: SplitSizes, units: list[list[_Window]]) -> tuple[SplitSiz
         notes.append(f"the splits hold {scale:.0%} of the wanted tokens: {_needed(sizes, looks)} were needed")
     smallest = min(sizes.calibration, sizes.tuning, sizes.held_out)
     if scale * smallest < min(smallest, MINIMUM_TOKENS) or len(units) < 2 + looks:
+        short = f" ({dropped} more, in pieces of fewer than {MINIMUM_WINDOW}, are too short to use)" if dropped else ""
         raise DataError(
-            f"too little text: {found} tokens in {len(units)} independent units were found; needed are "
+            f"too little text: {found} tokens in {len(units)} independent units were found{short}; needed are "
             f"{_needed(sizes, 1)} ({sizes.calibration} calibration, {sizes.tuning} tuning, {sizes.held_out} held-out) "
             f"in at least {2 + looks} units, better 30 for each split: give more text with --data"
         )

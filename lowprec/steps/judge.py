@@ -233,22 +233,31 @@ def _pool(looks: Sequence[Looked]) -> Looked:
     return concatenate(scores) if scores else concatenate_values(values)
 
 
+def require_kind(budget: Budget) -> None:
+    """Raises ConfigError when a metric of token scores has no loss of the budget's kind."""
+    if budget.metric == "perplexity" and budget.kind == "absolute":
+        raise ConfigError(
+            f"budget {budget.limit:g} abs: perplexity is judged by its relative increase; give a relative budget, "
+            "for example 5%, or another metric"
+        )
+    if budget.metric in ("kl", "top1") and budget.kind == "relative":
+        raise ConfigError(
+            f"budget {100 * budget.limit:g}% relative: {budget.metric} compares two models, so it has no value for the "
+            "reference alone; give an absolute budget, for example '0.05 abs'"
+        )
+
+
 def _ratio(looked: Looked, budget: Budget) -> _Ratio:
     """The budget's metric as a ratio of sums over windows or examples."""
     if isinstance(looked, PairedValues):
         worse, base = change(looked, budget.kind)
         return _Ratio(worse, base, looked.unit, "same", budget.kind if _is_binary(looked) else None)
     tokens = looked.tokens.astype(np.float64)
+    require_kind(budget)
     if budget.metric == "perplexity":
-        if budget.kind == "absolute":
-            raise ConfigError("perplexity is judged by its relative increase: give a relative budget, for example 5%")
         return _Ratio(looked.loss - looked.loss_reference, tokens, looked.unit, "exp")
     if budget.metric not in ("kl", "top1"):
         raise ConfigError(f"metric {budget.metric!r} cannot be read off token scores; known: perplexity, kl, top1")
-    if budget.kind == "relative":
-        raise ConfigError(
-            f"{budget.metric} compares two models, so it has no value for the reference alone: give an absolute budget"
-        )
     return _Ratio(looked.kl if budget.metric == "kl" else tokens - looked.top1, tokens, looked.unit, "same")
 
 

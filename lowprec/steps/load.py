@@ -19,14 +19,16 @@ import transformers
 from torch import Tensor, nn
 
 from lowprec.artifacts.loading import quiet
-from lowprec.artifacts.source import check_gguf, check_model_folder, weights_digest
-from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
+from lowprec.artifacts.source import check_gguf, check_model_folder, check_shapes, stored_bytes, weights_digest
+from lowprec.errors import ArtifactError, ConfigError, LowprecError, ModelError, UnsupportedError
 from lowprec.steps.outcome import Outcome, Tokens, Vector
 from lowprec.steps.stream import Forward
 
 Kind = Literal["decoder", "encoder", "module"]
 Look = Callable[[nn.Module], object]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Stored by early versions of transformers, though every model computes it.
+COMPUTED = (".masked_bias", ".inv_freq", ".position_ids")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
@@ -130,34 +132,79 @@ def load(source: str | Path, *, trust_remote_code: bool = False, before_weights:
 
     Raises:
         ArtifactError, ModelError: missing, truncated or damaged files, unknown architectures, weights that are not
-            finite.
+            finite, of the wrong shape, or no part of the model that would be optimised.
+        UnsupportedError: a model that is neither a decoder nor an encoder of text.
         ConfigError: neither a path nor a name.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return _load_gguf(path, before_weights)
     folder = path if path.exists() or str(source).startswith((".", "/", "~")) else _download(str(source))
-    check_model_folder(folder, trust_remote_code)
+    files = check_model_folder(folder, trust_remote_code)
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        decoder = _is_decoder(config)
-        auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
-        before_weights(_skeleton(auto, config, trust_remote_code))
-        try:
+        with _blamed(f"{folder / 'config.json'} makes no model", "correct it or get it again"):
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            decoder = _is_decoder(config)
+            auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
+            skeleton = _skeleton(auto, config, trust_remote_code)
+        check_shapes(files, skeleton)
+        before_weights(skeleton)
+        with _blamed(f"{folder} cannot be loaded", "get the model again"):
+            # Shapes that differ are collected, for an error that names them, not for random weights in their place.
             module, info = auto.from_pretrained(
-                folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+                folder,
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]
-        wrong = missing or info["mismatched_keys"]
-        if wrong:
-            raise ModelError(f"{folder}: weights are missing or of the wrong shape: {wrong}")
-        try:
+        _check_complete(folder, files, module, info)
+        with _blamed(f"{folder} has no tokenizer that loads", "save the model's tokenizer beside it"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} has no tokenizer that loads; save the model's tokenizer beside it") from error
     return _model(module, tokenizer, str(source), decoder, tuple(info["missing_keys"]))
+
+
+@contextlib.contextmanager
+def _blamed(what: str, remedy: str) -> Iterator[None]:
+    """Whatever transformers or the model's own code raises in this context is a ModelError about the user's files."""
+    try:
+        yield
+    except LowprecError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what} ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _check_complete(folder: Path, files: Mapping[str, Path], module: nn.Module, info: Mapping[str, Any]) -> None:
+    """Raises ModelError when what was loaded is not what the files hold, no more and no less."""
+    if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
+        raise ModelError(f"{folder} lacks weights of the model: {_some(missing)}; get the model again")
+    for name, stored, expected in info["mismatched_keys"]:
+        raise ModelError(
+            f"{folder}: tensor {name} is {list(stored)}, the configuration says {list(expected)}; "
+            "config.json and weights are not of one model"
+        )
+    buffers = tuple(f".{name}" for name, _ in module.named_buffers())
+    unused = sorted(
+        key for key in info["unexpected_keys"] if not f".{key}".endswith(buffers) and not key.endswith(COMPUTED)
+    )
+    if unused:
+        raise ModelError(
+            f"{folder} holds weights that are no part of a {type(module).__name__}, as which it would be optimised: "
+            f"{_some(unused)} ({stored_bytes(files, unused):,} bytes); load the whole model yourself and give it with "
+            "lowprec.wrap, or save the part that you want without them"
+        )
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _skeleton(auto: Any, config: Any, trust_remote_code: bool = False) -> nn.Module:
@@ -172,7 +219,12 @@ def _is_decoder(config: Any) -> bool:
         raise UnsupportedError(
             f"{config.model_type} is an encoder-decoder", ("only decoders and encoders of text can be optimised yet",)
         )
-    names = config.architectures or ()
+    names = config.architectures
+    if any(name.endswith("ForConditionalGeneration") for name in names):
+        # With a tied head nothing would be left over when the decoder in it is taken for an encoder.
+        raise UnsupportedError(
+            f"{names[0]} answers to more than text", ("only decoders and encoders of text can be optimised yet",)
+        )
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
@@ -226,7 +278,6 @@ def _load_gguf(path: Path, before_weights: Look) -> Model:
         for name, buffer in loaded.named_buffers():
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = buffer
-    check_config_known(config)
     return _model(module, tokenizer, str(path), decoder=True)
 
 
@@ -234,13 +285,19 @@ def _from_gguf(auto: Any, path: Path) -> Any:
     """What `auto` (configuration, model or tokenizer) makes of the file, in bfloat16, without its chatter.
 
     Raises:
-        ArtifactError: the file is damaged, or transformers does not read its architecture.
+        ArtifactError: the file is damaged.
+        ModelError: transformers does not read GGUF files of its architecture.
     """
     wanted = {} if auto is transformers.AutoTokenizer else {"dtype": torch.bfloat16}
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return auto.from_pretrained(str(path.parent), gguf_file=path.name, **wanted)
     except (ValueError, KeyError, OSError) as error:
+        if "architecture" in str(error) and "not supported" in str(error):
+            raise ModelError(
+                f"{path}: transformers {transformers.__version__} does not read GGUF files of this architecture "
+                f"({_reason(error)}); give the model's folder of safetensors files"
+            ) from error
         raise ArtifactError(path, f"cannot be loaded ({error}); get the file again") from error
 
 
@@ -257,13 +314,6 @@ def _read_once(gguf: Any) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(gguf, name, original)
-
-
-def check_config_known(config: Any) -> None:
-    """Raises ModelError when transformers has no architecture for `config`."""
-    names = config.architectures or [""]
-    if not hasattr(transformers, names[0]):
-        raise ModelError(f"transformers {transformers.__version__} does not know the architecture {names[0]!r}")
 
 
 __all__ = ["Model", "cosine_loss", "decoder_forward", "load", "sentence_forward", "wrap"]

@@ -19,7 +19,7 @@ from lowprec.errors import ConfigError
 from lowprec.records import Budget
 from lowprec.registry import closest
 from lowprec.steps.data import Splits
-from lowprec.steps.judge import Looked, judge
+from lowprec.steps.judge import Looked, judge, require_kind
 from lowprec.steps.load import Model
 from lowprec.steps.measure import Compare, compare_tokens, compare_vectors, paired
 from lowprec.steps.scores import PairedValues
@@ -212,7 +212,7 @@ def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
     """The metric that `budget` names, for this model.
 
     Raises:
-        ConfigError: unknown, or not one that this kind of model has.
+        ConfigError: unknown, not one that this kind of model has, or without a loss of the budget's kind.
     """
     if model.kind == "decoder":
         if budget.metric.startswith(PREFIX):
@@ -222,6 +222,7 @@ def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
             return VectorMetric(budget=replace(budget, kind="absolute"), divergence=compare_tokens, value=by)
         if budget.metric not in DECODER_METRICS:
             raise ConfigError(f"unknown metric {budget.metric!r}: {closest(budget.metric, DECODER_METRICS)}")
+        require_kind(budget)
         return TokenMetric(budget=budget)
     if budget.metric in DECODER_METRICS or budget.metric.startswith(PREFIX):
         raise ConfigError(f"{model.name} has no logits, so no {budget.metric}: use the metric 'cosine' or your own")
