@@ -17,6 +17,7 @@ from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.artefact import Loaded
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
+from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
 from lowprec.pipeline.serve import converted, optimised
 from lowprec.results import ParityResult
@@ -89,7 +90,11 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
         return None
     module, _ = load_artefact(loaded.artefact.path, torch.bfloat16, activations="library")
     context = chosen.prepared.context
-    return _kl(context, batches, expected, _forward(context, module, batches))
+    found = _kl(context, batches, expected, _forward(context, module, batches))
+    # Models of transformers refer to themselves, so they stay until they are collected.
+    del module
+    give_back_memory()
+    return found
 
 
 def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float:

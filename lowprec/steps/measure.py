@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowprec.steps.calibrate import Progress
 from lowprec.steps.scores import PairedScores, token_scores
-from lowprec.steps.stream import NOTHING, Overlay, Override, Stream
+from lowprec.steps.stream import NOTHING, Call, Overlay, Override, Stream
 from lowprec.steps.tokens import TokenSet
 
 Compare = Callable[[Tensor, Tensor, Any], Tensor]
@@ -36,14 +36,26 @@ def run_through(
     stream: Stream, batches: Sequence[Any], overlay: Overlay = NOTHING, progress: Progress = lambda done, total: None
 ) -> Run:
     """Streams all batches through all blocks."""
-    with stream.outer(overlay):
-        entered = [stream.enter(batch) for batch in batches]
-    hidden = [h for h, _ in entered]
+    hidden, calls = _entered(stream, batches, overlay)
     for index in range(stream.depth):
         with stream.block(index, overlay):
-            hidden = [stream.run(index, h, call[index]) for h, (_, call) in zip(hidden, entered, strict=True)]
+            # In place: two lists of all hidden states would be a good part of a run's memory.
+            for position, call in enumerate(calls):
+                hidden[position] = stream.run(index, hidden[position], call[index])
         progress(index + 1, stream.depth)
     return Run(stream=stream, hidden=hidden, overlay=overlay)
+
+
+def _entered(stream: Stream, batches: Sequence[Any], overlay: Overlay = NOTHING) -> tuple[list[Any], list[list[Call]]]:
+    """What block 0 receives for each batch, and how the blocks are called."""
+    hidden: list[Any] = []
+    calls: list[list[Call]] = []
+    with stream.outer(overlay):
+        for batch in batches:
+            given, call = stream.enter(batch)
+            hidden.append(given)
+            calls.append(call)
+    return hidden, calls
 
 
 @torch.no_grad()
@@ -139,10 +151,7 @@ def measure_pairs(
 
     Each pair starts at its own block from the reference's hidden states, so the blocks before it cost nothing.
     """
-    with stream.outer():
-        entered = [stream.enter(batch) for batch in batches]
-    hidden = [h for h, _ in entered]
-    calls = [call for _, call in entered]
+    hidden, calls = _entered(stream, batches)
     first = {pair: min(_first_block(stream, name) for name in overlay) for pair, overlay in overlays.items()}
     changed: dict[tuple[str, str], Run] = {}
     for index in range(stream.depth):
