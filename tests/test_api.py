@@ -35,7 +35,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", unread)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
-    with pytest.raises(UnsupportedError, match=r"GB of memory.* and 0 minutes, but only 0\.1 GB"):
+    with pytest.raises(UnsupportedError, match=r"GB of memory.* and 1 minute, but only 0\.1 GB"):
         optimize(tmp_path / "model", out=tmp_path / "out", effort=tiny.EFFORT)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**12))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))

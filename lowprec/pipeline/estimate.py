@@ -29,10 +29,9 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"about {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk "
-            f"and {self.seconds / 60:.0f} minutes"
-        )
+        minutes = round(self.seconds / 60)
+        time_ = "1 minute" if minutes <= 1 else f"{minutes} minutes"
+        return f"about {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk and {time_}"
 
 
 def estimate(module: nn.Module, settings: Settings) -> Estimate:
