@@ -10,8 +10,9 @@ from lowprec.records import CostSample, Group, Origin, Scheme, Workload
 from lowprec.settings import effort_named, parse_budget
 from lowprec.steps.allocate import Allocation, Option, allocate
 from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
-from lowprec.steps.verify import Measured, verify
+from lowprec.steps.verify import Curve, Measured, verify
 
+LINEAR = Curve(scale=0.8, power=1.0)
 GROUPS = [f"g{i}" for i in range(12)]
 OPTIONS = {
     g: [Option(scheme="bf16", loss=0.0, cost=16.0), Option(scheme="w4a16-g64", loss=0.001 * (i + 1), cost=4.0)]
@@ -32,17 +33,21 @@ def measures(ratio: float, width: float = 0.0) -> object:
 @pytest.mark.parametrize("ratio", [0.3, 0.8, 1.5, 3.0])
 @pytest.mark.parametrize("width", [0.0, 0.004])
 def test_the_mix_is_within_and_uses_the_budget(ratio: float, width: float) -> None:
-    found = verify(GROUPS, OPTIONS, 0.03, measures(ratio, width), rounds=5)
+    found = verify(GROUPS, OPTIONS, 0.03, measures(ratio, width), rounds=5, curve=LINEAR)
     assert found.accepted
     assert found.chosen.measured.upper <= 0.03
     # The true optimum under the true ratio, for comparison.
-    best = verify(GROUPS, OPTIONS, 0.03, measures(0.8), rounds=1).chosen if ratio == 0.8 and not width else None
+    best = (
+        verify(GROUPS, OPTIONS, 0.03, measures(0.8), rounds=1, curve=LINEAR).chosen
+        if ratio == 0.8 and not width
+        else None
+    )
     assert found.chosen.allocation.cost <= (best.allocation.cost if best else 16.0 * len(GROUPS))
     assert found.chosen.allocation.cost < 16.0 * len(GROUPS)
 
 
 def test_when_no_mix_is_accepted_the_model_stays_as_it_is() -> None:
-    found = verify(GROUPS, OPTIONS, 0.001, measures(0.8, width=0.01), rounds=5)
+    found = verify(GROUPS, OPTIONS, 0.001, measures(0.8, width=0.01), rounds=5, curve=LINEAR)
     assert found.accepted
     assert found.chosen.allocation.loss == 0.0
     assert found.chosen not in found.rounds
@@ -51,7 +56,7 @@ def test_when_no_mix_is_accepted_the_model_stays_as_it_is() -> None:
 
 def test_where_the_reference_is_no_option_the_closest_mix_is_chosen() -> None:
     only = {g: options[1:] for g, options in OPTIONS.items()}
-    found = verify(GROUPS, only, 0.001, measures(0.8), rounds=5)
+    found = verify(GROUPS, only, 0.001, measures(0.8), rounds=5, curve=LINEAR)
     assert not found.accepted
     assert found.chosen == found.closest
 
@@ -63,7 +68,7 @@ def test_a_loss_that_does_not_rise_with_kl_in_proportion(power: float, scale: fl
         loss = scale * 0.03 * (allocation.loss / 0.03) ** power
         return Measured(loss=loss, upper=1.1 * loss, kl_nats=allocation.loss)
 
-    found = verify(GROUPS, OPTIONS, 0.02, measure, rounds=5)
+    found = verify(GROUPS, OPTIONS, 0.02, measure, rounds=5, curve=LINEAR)
     assert found.accepted
     # What the budget allows by the true curve, and the cheapest mix for that.
     allowed = 0.03 * (0.02 / 1.1 / (scale * 0.03)) ** (1 / power)
@@ -72,8 +77,23 @@ def test_a_loss_that_does_not_rise_with_kl_in_proportion(power: float, scale: fl
     assert dearest - found.chosen.allocation.cost >= 0.7 * (dearest - best)
 
 
+def test_a_curve_that_is_known_needs_one_round_and_is_what_is_reported() -> None:
+    root = Curve(scale=0.5, power=0.5)
+
+    def measure(allocation: Allocation) -> Measured:
+        loss = root.loss(allocation.loss)
+        return Measured(loss=loss, upper=1.1 * loss, kl_nats=allocation.loss)
+
+    found = verify(GROUPS, OPTIONS, 0.08, measure, rounds=1, curve=root)
+    assert found.accepted
+    assert found.chosen in found.rounds
+    assert found.chosen.predicted == pytest.approx(found.chosen.measured.loss)
+    assert found.curve.scale == pytest.approx(0.5)
+    assert found.curve.kl_nats(found.curve.loss(0.01)) == pytest.approx(0.01)
+
+
 def test_an_unbinding_budget_needs_one_round() -> None:
-    found = verify(GROUPS, OPTIONS, 1.0, measures(0.8), rounds=5)
+    found = verify(GROUPS, OPTIONS, 1.0, measures(0.8), rounds=5, curve=LINEAR)
     assert len(found.rounds) == 1
     assert found.chosen.allocation.cost == 4.0 * len(GROUPS)
 
@@ -85,7 +105,7 @@ def test_no_mix_is_measured_twice() -> None:
         seen.append(allocation.schemes)
         return Measured(loss=0.02, upper=0.04, kl_nats=0.02)
 
-    verify(GROUPS, OPTIONS, 0.03, measure, rounds=5)
+    verify(GROUPS, OPTIONS, 0.03, measure, rounds=5, curve=LINEAR)
     assert len(seen) == len(set(seen))
 
 

@@ -15,7 +15,7 @@ from lowprec.records import Group, PrecisionPlan, Scheme, digest
 from lowprec.steps.allocate import Allocation, Option
 from lowprec.steps.cost import in_unit
 from lowprec.steps.measure import Run, compare, mean_kl, run_through
-from lowprec.steps.metrics import limit_of, shown, tuning_loss
+from lowprec.steps.metrics import expected_curve, limit_of, shown, tuning_loss
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import overlay_of, solve_plan
 from lowprec.steps.stream import Overlay
@@ -148,6 +148,7 @@ def _verify(scored: Scored, priced: Priced, tuning: Tuning) -> Verified:
             limit_of(context.metric.budget),
             measure,
             context.settings.effort.rounds,
+            expected_curve(context.metric.budget),
             step.report,
         )
 

@@ -23,7 +23,6 @@ from lowprec.steps.allocate import allocate
 from lowprec.steps.check import agreement
 from lowprec.steps.cost import GroupCost, in_unit, stored_bytes
 from lowprec.steps.metrics import in_search_unit, shown
-from lowprec.steps.verify import FIRST_RATIO
 from lowprec.targets.torch import measure_end_to_end
 from lowprec.version import __version__
 
@@ -157,17 +156,15 @@ class Accounts:
 
     def frontier(self) -> tuple[FrontierPoint, ...]:
         """The cheapest mix for each of some budgets, by the prediction as tuning data corrected it."""
-        chosen, final = self.chosen, self.chosen.verified.chosen
+        chosen, curve = self.chosen, self.chosen.verified.curve
         metric, names = chosen.prepared.context.metric.budget, chosen.prepared.names
-        known = final.allocation.loss > 0 and final.measured.loss > 0
-        ratio = final.measured.loss / final.allocation.loss if known else FIRST_RATIO
         points = []
         for budget in FRONTIER_BUDGETS:
-            mix = allocate(names, options(chosen.scored, chosen.priced), in_search_unit(metric, budget) / ratio)
+            mix = allocate(names, options(chosen.scored, chosen.priced), curve.kl_nats(in_search_unit(metric, budget)))
             points.append(
                 FrontierPoint(
                     budget=budget,
-                    predicted_loss=shown(metric, mix.loss * ratio),
+                    predicted_loss=shown(metric, curve.loss(mix.loss)),
                     cost=self.total(mix.cost),
                     effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
                     bytes=bytes_before(chosen) - round(sum(saved(chosen, *choice) for choice in mix.schemes)),

@@ -6,10 +6,9 @@ upper bound stands an unknown curve. The search assumes
 
     upper(L) = a L^p,    L the mix's predicted KL
 
-with a from the last measurement and p = 1 at first (perplexity rises in proportion to KL, by about 0.8 times); from
-two measurements on, p is theirs (the share of tokens whose first choice changes, or of answers that turn wrong, rises
-about as the square root of KL). The next limit solves upper(L) = limit, kept between the largest L that was accepted
-and the smallest that was not. At most `rounds` mixes are measured; the cheapest accepted one wins.
+with a from the last measurement and p at first that of the metric's `Curve`; from two measurements on, p is theirs. The
+next limit solves upper(L) = limit, kept between the largest L that was accepted and the smallest that was not. At most
+`rounds` mixes are measured; the cheapest accepted one wins.
 
 The mix of no predicted loss is the reference itself: it is within every budget without being measured, and is what is
 left when no other mix is accepted.
@@ -21,13 +20,28 @@ from dataclasses import dataclass
 
 from lowprec.steps.allocate import Allocation, Option, allocate, least_loss
 
-FIRST_RATIO = 0.8
 FIRST_MARGIN = 0.25
 ENOUGH_USED = 0.8
 # Aims below the limit: a bound that meets it on tuning text is as often above it as below on other text.
 AIM = 0.9
 POWERS = (0.25, 2.0)
 BISECTIONS, SMALLEST_STEP = 12, 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """loss = scale KL^power: how a metric's loss, in the unit of the limit, rises with KL in nats."""
+
+    scale: float
+    power: float
+
+    def loss(self, kl_nats: float) -> float:
+        """The loss at a KL."""
+        return float(self.scale * kl_nats**self.power)
+
+    def kl_nats(self, loss: float) -> float:
+        """The KL at a loss."""
+        return float((loss / self.scale) ** (1.0 / self.power))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +55,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One measured mix. `predicted` is its loss as foreseen, ratio included."""
+    """One measured mix. `predicted` is its loss as foreseen."""
 
     allocation: Allocation
     predicted: float
@@ -54,7 +68,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """The chosen round, whether it was accepted, and all measured rounds in order.
+    """The chosen round, whether it was accepted, all measured rounds in order, and the curve that they lie on.
 
     The chosen one is none of the rounds when only the reference itself is within the limit.
     """
@@ -62,6 +76,7 @@ class Verified:
     chosen: Round
     accepted: bool
     rounds: tuple[Round, ...]
+    curve: Curve
 
     @property
     def closest(self) -> Round:
@@ -75,6 +90,7 @@ def verify(
     limit: float,
     measure: Callable[[Allocation], Measured],
     rounds: int,
+    curve: Curve,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verified:
     """Finds the cheapest mix whose measured loss is within `limit`.
@@ -84,24 +100,25 @@ def verify(
         limit: the budget, in the unit that `measure` answers in.
         measure: measures a mix on tuning data.
         rounds: how many mixes may be measured.
+        curve: how the loss is expected to rise with KL.
     """
     cheapest = allocate(groups, options, float("inf")).cost
     least = least_loss(groups, options)
-    allowed = limit * (1.0 - FIRST_MARGIN) / FIRST_RATIO
+    allowed = curve.kl_nats((1.0 - FIRST_MARGIN) * limit)
     taken: list[Round] = []
     for number in range(rounds):
         allocation = _unmeasured(groups, options, max(allowed, least.loss), least.loss, taken, limit)
         if allocation is None:
             break
-        predicted = allocation.loss * _ratio(taken)
+        predicted = _through(taken, curve).loss(allocation.loss)
         taken.append(Round(allocation=allocation, predicted=predicted, measured=measure(allocation)))
         progress(number + 1, rounds)
         last = taken[-1]
         if last.accepted(limit) and (allocation.cost <= cheapest or last.measured.upper >= ENOUGH_USED * limit):
             break
-        allowed = _next(taken, limit)
+        allowed = _next(taken, limit, curve)
     chosen = _best(taken, least, limit)
-    return Verified(chosen=chosen, accepted=chosen.accepted(limit), rounds=tuple(taken))
+    return Verified(chosen=chosen, accepted=chosen.accepted(limit), rounds=tuple(taken), curve=_through(taken, curve))
 
 
 def _unmeasured(
@@ -137,18 +154,19 @@ def _bracket(taken: Sequence[Round], limit: float) -> tuple[float, float]:
     return accepted, refused
 
 
-def _ratio(taken: Sequence[Round]) -> float:
-    """Loss / predicted KL of the last mix."""
-    if not taken or taken[-1].measured.loss <= 0:
-        return FIRST_RATIO
-    return taken[-1].measured.loss / taken[-1].allocation.loss
+def _through(taken: Sequence[Round], curve: Curve) -> Curve:
+    """The curve of the losses: through the last one, with the power of the last two."""
+    if not taken or min(taken[-1].measured.loss, taken[-1].allocation.loss) <= 0:
+        return curve
+    power = _power(taken, curve)
+    return Curve(scale=taken[-1].measured.loss / taken[-1].allocation.loss ** power, power=power)
 
 
-def _next(taken: Sequence[Round], limit: float) -> float:
+def _next(taken: Sequence[Round], limit: float, curve: Curve) -> float:
     """The predicted KL to allow in the next round."""
     last = taken[-1]
     upper, loss = last.measured.upper, last.allocation.loss
-    wanted = loss * (AIM * limit / upper) ** (1.0 / _power(taken)) if upper > 0 else 2.0 * loss
+    wanted = loss * (AIM * limit / upper) ** (1.0 / _power(taken, curve)) if upper > 0 else 2.0 * loss
     accepted, refused = _bracket(taken, limit)
     if accepted < wanted < refused:
         return wanted
@@ -158,16 +176,16 @@ def _next(taken: Sequence[Round], limit: float) -> float:
     return math.sqrt(accepted * refused) if refused < math.inf else 2.0 * accepted
 
 
-def _power(taken: Sequence[Round]) -> float:
-    """p of the curve through the last two measurements, 1 where there is only one."""
+def _power(taken: Sequence[Round], curve: Curve) -> float:
+    """The power between the upper bounds of the last two measurements; the expected one where there is only one."""
     if len(taken) < 2:
-        return 1.0
+        return curve.power
     one, two = taken[-2:]
     if min(one.measured.upper, two.measured.upper) <= 0:
-        return 1.0
+        return curve.power
     rise = math.log(two.measured.upper / one.measured.upper)
     run = math.log(two.allocation.loss / one.allocation.loss)
-    return min(max(rise / run, POWERS[0]), POWERS[1]) if run else 1.0
+    return min(max(rise / run, POWERS[0]), POWERS[1]) if run else curve.power
 
 
 def _best(taken: Sequence[Round], least: Allocation, limit: float) -> Round:
