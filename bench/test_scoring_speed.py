@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowprec.formats import WEIGHT_FORMATS, Scheme, resolve, scheme_named
+from lowprec.formats import WEIGHT_FORMATS, resolve, scheme_named
+from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS
 from lowprec.steps.calibrate import calibrate
 from lowprec.steps.graph import find_groups
