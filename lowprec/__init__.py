@@ -48,15 +48,16 @@ if TYPE_CHECKING:
     from lowprec.settings import Effort, Settings, effort_named
     from lowprec.steps.allocate import Option, allocate, frontier
     from lowprec.steps.calibrate import calibrate
+    from lowprec.steps.compensate import Compensation
     from lowprec.steps.cost import time_shapes as cost
     from lowprec.steps.data import split
     from lowprec.steps.graph import find_groups as graph
+    from lowprec.steps.heal import Healing
     from lowprec.steps.judge import judge
     from lowprec.steps.load import Model, load, wrap
     from lowprec.steps.scratch import Scratch
     from lowprec.steps.sensitivity import effects as sensitivity
     from lowprec.steps.solve import Rounder
-    from lowprec.steps.solve import solve_plan as solve
     from lowprec.steps.sources import read_sources as sources
     from lowprec.steps.stream import Stream
     from lowprec.steps.verify import Measured, verify
@@ -67,11 +68,13 @@ _HOME = {
     "Budget": "records:Budget",
     "BudgetError": "errors:BudgetError",
     "Chosen": "pipeline.choose:Chosen",
+    "Compensation": "steps.compensate:Compensation",
     "ConfigError": "errors:ConfigError",
     "Context": "pipeline.context:Context",
     "DataError": "errors:DataError",
     "Effort": "settings:Effort",
     "Group": "records:Group",
+    "Healing": "steps.heal:Healing",
     "Loaded": "pipeline.artefact:Loaded",
     "LowprecError": "errors:LowprecError",
     "Measured": "steps.verify:Measured",
@@ -114,7 +117,6 @@ _HOME = {
     "prove": "pipeline.prove:prove",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
-    "solve": "steps.solve:solve_plan",
     "sources": "steps.sources:read_sources",
     "split": "steps.data:split",
     "summarise": "pipeline.summarise:summarise",
@@ -129,11 +131,13 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Chosen",
+    "Compensation",
     "ConfigError",
     "Context",
     "DataError",
     "Effort",
     "Group",
+    "Healing",
     "Loaded",
     "LowprecError",
     "Measured",
@@ -177,7 +181,6 @@ __all__ = [
     "prove",
     "score",
     "sensitivity",
-    "solve",
     "sources",
     "split",
     "summarise",

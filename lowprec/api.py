@@ -51,6 +51,7 @@ def optimize(
     objective: Objective = "time",
     workload: Workload | None = None,
     effort: Effort | str = "balanced",
+    heal: bool | None = None,
     schemes: Sequence[str] = ("fp8", "int8", "int4"),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -68,6 +69,7 @@ def optimize(
         budget: "5%", 0.05, or a `Budget` with a metric of its own.
         device: "cpu", "cuda", or a device to plan for by its published figures ("h100", "mi300x", ...).
         effort: "fast", "balanced" or "best".
+        heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         schemes: families or names of schemes that may be chosen; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -92,6 +94,7 @@ def optimize(
         objective=objective,
         workload=workload or Workload(),
         effort=effort if isinstance(effort, Effort) else effort_named(effort),
+        heal=heal,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,

@@ -62,6 +62,9 @@ def calibrate(
     objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
     metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
     effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    heal: Annotated[
+        bool | None, typer.Option(help="Tune the scales of the chosen mix end to end; the effort decides otherwise.")
+    ] = None,
     schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
     data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
     batch: Annotated[int, typer.Option(help="Workload: sequences at a time.")] = 1,
@@ -95,6 +98,7 @@ def calibrate(
             objective=chosen,
             workload=workload,
             effort=effort,
+            heal=heal,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             data=data or (),
             dollars_per_hour=dollars_per_hour,

@@ -18,7 +18,8 @@ class Effort:
             compensated on some text must not be scored on the same text.
         tuning_tokens, held_out_tokens: tokens that the mix is verified on, and those of each look of the judge.
         checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
-        compensated: round once more after allocation, against the inputs that the rounded model produces.
+        compensated: round every mix that is measured once more, each group making up for those before it.
+        healing_passes: passes over the calibration text that tune the scales of every mix that is measured.
         rounds: verification rounds at most.
         window: tokens of a window.
         solver: rounds weights of fewer than 8 bits.
@@ -35,6 +36,7 @@ class Effort:
     rounds: int
     window: int = 256
     solver: str = "gptq"
+    healing_passes: int = 0
 
 
 EFFORTS = {
@@ -65,14 +67,15 @@ EFFORTS = {
         ),
         Effort(
             name="best",
-            calibration_tokens=65_536,
-            sensitivity_tokens=65_536,
+            calibration_tokens=32_768,
+            sensitivity_tokens=32_768,
             tuning_tokens=49_152,
             held_out_tokens=64_000,
             checked_pairs=48,
             checked_tokens=8_192,
             compensated=True,
-            rounds=5,
+            rounds=4,
+            healing_passes=1,
         ),
     )
 }
@@ -92,6 +95,7 @@ class Settings:
         device: what the cost is for: "cpu", "cuda", or a device to plan for such as "h100".
         dollars_per_hour: price of that device, None for its list price.
         calibration_device: where calibration computes.
+        heal: whether mixes are healed; None leaves it to the effort.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -106,6 +110,7 @@ class Settings:
     data: tuple[str, ...] = ()
     dollars_per_hour: float | None = None
     calibration_device: str = "cpu"
+    heal: bool | None = None
     seed: int = 0
     workers: int = 2
 
@@ -121,6 +126,13 @@ class Settings:
             raise ConfigError(f"{self.workers} workers: give 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed}: give 0 or more")
+
+    @property
+    def healing_passes(self) -> int:
+        """How often healing goes through the calibration text."""
+        if self.heal is None:
+            return self.effort.healing_passes
+        return max(self.effort.healing_passes, 1) if self.heal else 0
 
 
 def _require_device(name: str) -> None:

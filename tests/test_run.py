@@ -142,7 +142,7 @@ def _context() -> Any:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compensated", [False, True])
 def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path, compensated: bool) -> None:
-    effort = dataclasses.replace(tiny.EFFORT, compensated=compensated)
+    effort = dataclasses.replace(tiny.EFFORT, compensated=compensated, healing_passes=int(compensated))
     context, out, whole, generator = _context(), tmp_path / "out", tmp_path / "whole", random.Random(11)
     for folder in (out, whole):
         folder.mkdir()
@@ -166,6 +166,17 @@ def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path
     for file in (whole / "model").glob("*.safetensors"):
         if file.name != "probe.safetensors":
             assert (out / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_mix_is_healed_when_asked_for_and_never_measures_worse(place: Path, tmp_path: Path) -> None:
+    effort = dataclasses.replace(tiny.EFFORT, compensated=True)
+    out = tmp_path / "out"
+    report = run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, objective="bytes")
+    measured = json.loads((out / "measured.json").read_text())["record"]
+    assert {m["rounding"] for m in measured} <= {"plain", "compensated", "healed"}
+    assert any(m["rounding"] != "plain" for m in measured)
+    assert report.plan.solver.rpartition(", ")[2] in {m["rounding"] for m in measured}
+    assert not [f for f in (out / "solved").iterdir() if "healed" in f.name and report.plan.solver == "gptq"]
 
 
 class Cut(Exception):

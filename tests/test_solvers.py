@@ -83,7 +83,7 @@ def test_statistics_beat_rounding_to_nearest(solver: str, name: str, seed: int) 
 @pytest.mark.parametrize("name", FORMATS)
 def test_rounds_only_improve(name: str) -> None:
     fmt, (w, statistics) = WEIGHT_FORMATS[name], layer()
-    damped = statistics.hessian + 0.03 * statistics.hessian.diagonal().mean() * torch.eye(w.shape[1])
+    damped = statistics.hessian + Gptq().damping * statistics.hessian.diagonal().mean() * torch.eye(w.shape[1])
     errors = [trace_error(w, Gptq(rounds=r).solve(w, fmt, statistics), damped) for r in range(5)]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[3] < 0.99 * errors[0]
@@ -148,7 +148,7 @@ def test_activation_order_keeps_groups_in_place() -> None:
 def test_scales_weigh_columns_by_what_their_error_costs() -> None:
     fmt, (w, statistics) = WEIGHT_FORMATS["int4-g64"], layer()
     h = statistics.hessian.double()
-    h = h + 0.03 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h = h + Gptq().damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     importance = (1 / torch.linalg.inv(h).diagonal()).float()
     found = Gptq(rounds=0).solve(w, fmt, statistics)
     assert float((found.scale == fit_scales(w, fmt, importance)).double().mean()) > 0.99

@@ -89,10 +89,14 @@ def test_the_algorithms_are_called_with_what_is_prepared(place: Path) -> None:
         }
         mix = lowprec.allocate(have.names, options, 0.05).scheme_of()
         schemes = {group: next(s for s in have.allowed[group] if s.name == mix[group]) for group in have.names}
-        solved = lowprec.solve(
-            have.stream, have.groups, schemes, have.calibration_batches, outcome, have.rounder, run.folder,
-            have.inputs, calibration, lowprec.Scratch(place / "scratch-solve", "key"),
-        )  # fmt: skip
+        common = {"stream": have.stream, "groups": have.groups, "schemes": schemes, "outcome": outcome}
+        common |= {"batches": have.calibration_batches, "calibration": calibration}
+        compensation = lowprec.Compensation(
+            **common, rounder=have.rounder, folder=run.folder, inputs=have.inputs, name="mine"
+        )
+        solved = compensation.run(lowprec.Scratch(place / "scratch-solve", "key"))
+        healed = lowprec.Healing(**common, passes=1).run(solved)
+    assert set(healed) == set(solved)
     assert set(solved) == {layer for g in have.groups if schemes[g.name].weight for layer in g.layers}
     assert solved
 

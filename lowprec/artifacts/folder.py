@@ -23,7 +23,7 @@ import logging
 import os
 import shutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -266,6 +266,11 @@ class RunFolder:
         except (ArtifactError, ConfigError, ValueError, KeyError, OSError) as error:
             LOG.warning("group %s: %s cannot be used (%s), it is solved again", group, path, error)
             return None
+
+    def forget_solved(self, groups: Iterable[str]) -> None:
+        """Deletes what is stored of these groups."""
+        for group in groups:
+            self._solved(group).unlink(missing_ok=True)
 
     def _solved(self, group: str) -> Path:
         # Group names may hold characters that a file name may not.

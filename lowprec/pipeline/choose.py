@@ -1,40 +1,22 @@
 """Stage 4: finds the cheapest mix within the budget on tuning data, and rounds it for good."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from lowprec.formats import QuantizedWeight, scheme_named
+from lowprec.pipeline.mixes import PLAIN, Mixes
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.price import Priced
 from lowprec.pipeline.score import Scored
-from lowprec.records import Group, PrecisionPlan, Scheme, digest
-from lowprec.steps.allocate import Allocation, Option
+from lowprec.records import PrecisionPlan, Scheme, digest
+from lowprec.steps.allocate import Option
 from lowprec.steps.cost import in_unit
-from lowprec.steps.measure import Run, compare, mean_kl, run_through
-from lowprec.steps.metrics import expected_curve, limit_of, shown, tuning_loss
-from lowprec.steps.scratch import Scratch
-from lowprec.steps.solve import overlay_of, solve_plan
+from lowprec.steps.metrics import expected_curve, limit_of, shown
+from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import Overlay
-from lowprec.steps.verify import Measured, Round, Verified, verify
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredMix:
-    """What one mix lost on tuning data; kept so that no mix is measured twice."""
-
-    mix: str
-    loss: float
-    upper: float
-    kl_nats: float
-
-    @property
-    def measured(self) -> Measured:
-        """Without the name."""
-        return Measured(loss=self.loss, upper=self.upper, kl_nats=self.kl_nats)
+from lowprec.steps.verify import Verified, verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,26 +58,6 @@ class Chosen:
         return overlay_of(self.prepared.groups, self.schemes, self.solved, self.scored.calibration)
 
 
-class Tuning:
-    """Measures mixes on tuning text; the reference runs once, when it is first needed."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
-
-    @cached_property
-    def _reference(self) -> Run:
-        return run_through(self._prepared.stream, self._prepared.tuning.batches)
-
-    def measure(self, overlay: Overlay) -> Measured:
-        """Loss, its upper bound, and KL of the model under `overlay`."""
-        context, tuning = self._prepared.context, self._prepared.tuning
-        reference, metric = self._reference, context.metric
-        candidate = run_through(self._prepared.stream, tuning.batches, overlay)
-        table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
-        loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, context.settings.seed)
-        return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
-
-
 def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
     """Each group's schemes with predicted KL and cost."""
     objective, predicted = scored.prepared.context.settings.objective, scored.predicted
@@ -114,10 +76,10 @@ def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
 
 def choose(scored: Scored, priced: Priced) -> Chosen:
     """Allocates, verifies, rounds; writes plan.json and the solved groups."""
-    tuning = Tuning(scored.prepared)
-    verified = _verify(scored, priced, tuning)
-    plan = _plan(scored, priced, verified)
-    verified, solved = _solve(scored, plan, verified, tuning)
+    mixes = Mixes(scored)
+    verified = _verify(scored, priced, mixes)
+    plan = _plan(scored, priced, verified, mixes.rounding_of(verified.chosen.allocation.scheme_of()))
+    solved = mixes.solved(plan.scheme_of())
     limit = limit_of(scored.prepared.context.metric.budget)
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
@@ -127,26 +89,14 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     return Chosen(scored=scored, priced=priced, verified=verified, plan=plan, solved=solved, solved_inputs=inputs)
 
 
-def _verify(scored: Scored, priced: Priced, tuning: Tuning) -> Verified:
+def _verify(scored: Scored, priced: Priced, mixes: Mixes) -> Verified:
     prepared, context = scored.prepared, scored.prepared.context
-    inputs = {**prepared.inputs, "tuning": prepared.tuning.data.digest, "metric": prepared.metric_key}
-    known: tuple[MeasuredMix, ...] = context.folder.read_step("measured", inputs, tuple[MeasuredMix, ...]) or ()
-    measured = {m.mix: m for m in known}
-
-    def measure(allocation: Allocation) -> Measured:
-        mix = digest(repr(allocation.schemes))
-        if mix not in measured:
-            found = tuning.measure(scored.overlay(allocation.scheme_of()))
-            measured[mix] = MeasuredMix(mix=mix, **dataclasses.asdict(found))
-            context.folder.write_step("measured", tuple(measured.values()), inputs)
-        return measured[mix].measured
-
     with context.progress.step("verify", unit="rounds") as step:
         return verify(
             prepared.names,
             options(scored, priced),
             limit_of(context.metric.budget),
-            measure,
+            mixes.measure,
             context.settings.effort.rounds,
             expected_curve(context.metric.budget),
             step.report,
@@ -162,7 +112,7 @@ def _say_how_far(prepared: Prepared, verified: Verified) -> None:
     )
 
 
-def _plan(scored: Scored, priced: Priced, verified: Verified) -> PrecisionPlan:
+def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> PrecisionPlan:
     """The chosen mix as a record, written to plan.json."""
     prepared, chosen = scored.prepared, verified.chosen
     context, settings = prepared.context, prepared.context.settings
@@ -174,7 +124,7 @@ def _plan(scored: Scored, priced: Priced, verified: Verified) -> PrecisionPlan:
         workload=settings.workload,
         target=settings.target,
         objective=settings.objective,
-        solver=settings.effort.solver,
+        solver=settings.effort.solver if rounding == PLAIN else f"{settings.effort.solver}, {rounding}",
         predicted_loss=shown(context.metric.budget, chosen.predicted),
         predicted_cost=chosen.allocation.cost,
         input_digests=tuple(sorted({**prepared.inputs, "tuning": prepared.tuning.data.digest}.items())),
@@ -185,67 +135,6 @@ def _plan(scored: Scored, priced: Priced, verified: Verified) -> PrecisionPlan:
 
 def _solve_inputs(prepared: Prepared, plan: PrecisionPlan) -> dict[str, str]:
     return {**prepared.inputs, "plan": digest(repr(plan.groups)), "tuning": prepared.tuning.data.digest}
-
-
-def _quantised(prepared: Prepared, plan: PrecisionPlan) -> list[tuple[Group, str]]:
-    """The plan's quantised groups, each with its weight format."""
-    schemes = plan.scheme_of()
-    formats = [(g, scheme_named(schemes[g.name]).weight) for g in prepared.groups]
-    return [(group, fmt) for group, fmt in formats if fmt is not None]
-
-
-def _solve(
-    scored: Scored, plan: PrecisionPlan, verified: Verified, tuning: Tuning
-) -> tuple[Verified, dict[str, QuantizedWeight]]:
-    """The codes and scales of every quantised layer; where the effort pays for it, compensated if that is better."""
-    prepared = scored.prepared
-    quantised = _quantised(prepared, plan)
-    plain = {layer: prepared.rounder.rounded(layer, fmt) for group, fmt in quantised for layer in group.layers}
-    if not (prepared.context.settings.effort.compensated and quantised):
-        return verified, plain
-    better, measured = _compensated(scored, plan, tuning)
-    if measured.upper > verified.chosen.measured.upper:
-        prepared.context.progress.note("compensated rounding was no better on tuning data; the plain one is kept")
-        return verified, plain
-    return _improved(verified, measured, limit_of(prepared.context.metric.budget)), better
-
-
-def _improved(verified: Verified, measured: Measured, limit: float) -> Verified:
-    """The chosen mix as it measures after another rounding."""
-    improved: Round = dataclasses.replace(verified.chosen, measured=measured)
-    return dataclasses.replace(
-        verified, chosen=improved, accepted=improved.accepted(limit), rounds=(*verified.rounds, improved)
-    )
-
-
-def _compensated(scored: Scored, plan: PrecisionPlan, tuning: Tuning) -> tuple[dict[str, QuantizedWeight], Measured]:
-    """Rounded once more against the rounded model's own inputs, and what that loses on tuning data."""
-    prepared, context = scored.prepared, scored.prepared.context
-    inputs = _solve_inputs(prepared, plan)
-    schemes = {group: scheme_named(name) for group, name in plan.groups}
-    stored: MeasuredMix | None = context.folder.read_step("compensated", inputs, MeasuredMix)
-    scratch = Scratch(context.folder.path / "work-solve", digest(*inputs.values()))
-    with context.progress.step("compensate", prepared.stream.depth + 1, "blocks") as step:
-        found = solve_plan(
-            prepared.stream,
-            prepared.groups,
-            schemes,
-            prepared.calibration_batches,
-            context.model.outcome,
-            prepared.rounder,
-            context.folder,
-            inputs,
-            scored.calibration,
-            scratch,
-            finished=stored is not None,
-            progress=step.report,
-        )
-        if stored is None:
-            loss = tuning.measure(overlay_of(prepared.groups, schemes, found, scored.calibration))
-            stored = MeasuredMix(mix="compensated", **dataclasses.asdict(loss))
-            context.folder.write_step("compensated", stored, inputs)
-        scratch.clear()
-    return found, stored.measured
 
 
 def _keep(prepared: Prepared, solved: Mapping[str, QuantizedWeight], inputs: Mapping[str, str]) -> None:

@@ -59,13 +59,19 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + effort.checked_pairs * effort.checked_tokens * 0.6
         + 3 * effort.tuning_tokens
         + 2 * effort.held_out_tokens
-        + (3 * (effort.calibration_tokens + effort.sensitivity_tokens) if effort.compensated else 0)
+        + effort.rounds * _passes_per_mix(settings) * (effort.calibration_tokens + effort.sensitivity_tokens)
     )
     return Estimate(
         memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + samples + logits),
         disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
+
+
+def _passes_per_mix(settings: Settings) -> int:
+    """Forward passes over the calibration text that rounding one mix takes."""
+    compensated = 4 if settings.effort.compensated else 0
+    return compensated + (PASSES_FORWARD_BACKWARD + 1) * settings.healing_passes
 
 
 def _flops_per_second(k: int) -> float:

@@ -24,6 +24,7 @@ from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
 from lowprec.version import __version__
 
 PROBE_WINDOW = 128
+STATISTICS_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +73,11 @@ class Prepared:
     def calibration_batches(self) -> list[Batch]:
         """All of the calibration text, the probed part last."""
         return [*self.gathered.batches, *self.probed.batches]
+
+    @property
+    def statistics_batches(self) -> list[Batch]:
+        """The same text in larger batches, for passes that resume by block and keep no batch apart."""
+        return [b for part in (self.gathered, self.probed) for b in part.data.batches(STATISTICS_BATCH_TOKENS)]
 
     def documents_of(self, batch: Batch) -> str:
         """Names the text of a calibration batch, for messages."""

@@ -85,6 +85,8 @@ class RunProgress:
         self.quiet = not self.console.is_terminal if quiet is None else quiet
         self._clock = clock
         self._seconds: dict[str, float] = {}
+        # Seconds that steps within the steps now open took: each second belongs to one step.
+        self._within: list[float] = []
         self._live = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -120,13 +122,16 @@ class RunProgress:
         step = Step(total, lambda done, of: self._live.update(task, completed=done, total=of, counted=True))
         self._seconds.setdefault(name, 0.0)
         start = self._clock()
+        self._within.append(0.0)
         outcome = "failed after "
         try:
             yield step
             outcome = ""
         finally:
             spent = self._clock() - start
-            self._seconds[name] += spent
+            self._seconds[name] += spent - self._within.pop()
+            if self._within:
+                self._within[-1] += spent
             self._finish(name, step, unit, f"{outcome}{duration(spent)}")
             self._live.update(task, total=step.total or max(step.done, 1), completed=_end(step, outcome))
             self._live.stop_task(task)

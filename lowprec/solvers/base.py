@@ -25,10 +25,13 @@ class LayerStatistics:
     Attributes:
         hessian: [K, K] float32, X^T X / tokens over the calibration tokens.
         tokens: how many tokens it was summed over.
+        drift: [K, K] float32, (X' - X)^T X / tokens, X' being what the input was before anything was rounded; None
+            where X is that input itself.
     """
 
     hessian: Tensor
     tokens: int
+    drift: Tensor | None = None
 
 
 class Solver(Protocol):

@@ -25,7 +25,7 @@ from lowprec.records import Group
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.stream import Call, Overlay, Stream
+from lowprec.steps.stream import Call, Stream
 
 STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": LARGEST}
 
@@ -47,7 +47,7 @@ class Calibration:
         return as_bfloat16(torch.tensor(dict(self.amax)[group] / STATIC_MAXIMUM[activation]))
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends the pass behind the last layer that is gathered."""
 
 
@@ -84,15 +84,13 @@ class Gather:
             if self.position < self.batches:
                 self.add(group, args[0])
             if last:
-                raise _StopForward
+                raise StopForward
 
         return hook
 
     def add(self, group: Group, x: Tensor) -> None:
         """Adds the rows of x [B, T, K] or [B, K] that are real."""
-        if self.where is not None and x.shape[:-1] == self.where.shape:
-            x = x[self.where.to(x.device)]
-        x = x.reshape(-1, x.shape[-1])
+        x = self.rows(x)
         largest = x.abs().max().item() if x.numel() else 0.0
         # A comparison with NaN is false, so this catches it, too.
         if not largest < float("inf"):
@@ -102,6 +100,12 @@ class Gather:
         if group.name not in self.hessian:
             self.hessian[group.name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.hessian[group.name].addmm_(x.T, x)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x [B, T, K] or [B, K] -> [rows, K] float32, those that are real."""
+        if self.where is not None and x.shape[:-1] == self.where.shape:
+            x = x[self.where.to(x.device)]
+        return x.reshape(-1, x.shape[-1]).float()
 
     def statistics(self, group: Group) -> LayerStatistics:
         """Hands over the group's Hessian and forgets it.
@@ -124,7 +128,6 @@ def calibrate(
     scratch: Scratch,
     probing: int = 0,
     progress: Progress = lambda done, total: None,
-    overlay: Overlay | None = None,
     describe: Callable[[Any], str] = lambda batch: "",
 ) -> Calibration:
     """Runs the pass.
@@ -132,8 +135,6 @@ def calibrate(
     Args:
         on_groups: called once for each block, in order, with its groups and their statistics; may add to `overlay`.
         probing: how many of the last batches are kept for the sensitivity instead.
-        overlay: what the blocks behind are computed with; rounding that compensates for the layers before it fills
-            this from `on_groups`, and each block then runs a second time with it.
         describe: names the text of a batch in an error.
 
     Raises:
@@ -151,11 +152,8 @@ def calibrate(
             if probing and not stream.whole:
                 scratch.save(f"input-{index}", hidden[-probing:])
             gather = Gather(stream, inside, len(batches) - probing)
-            after = _through(stream, index, hidden, calls, batches, outcome, gather, describe)
+            hidden = _through(stream, index, hidden, calls, batches, outcome, gather, describe)
             on_groups([(group, gather.statistics(group)) for group in inside])
-            if overlay is not None:
-                after = _through(stream, index, hidden, calls, batches, outcome, None, describe, overlay)
-            hidden = after
             amax |= gather.amax
             if not stream.whole:
                 # A file of its own, then the note that makes it count: a kill in between leaves the old state.
@@ -182,15 +180,13 @@ def _through(
     calls: Sequence[Sequence[Call]],
     batches: Sequence[Any],
     outcome: Outcome,
-    gather: Gather | None,
+    gather: Gather,
     describe: Callable[[Any], str],
-    overlay: Overlay | None = None,
 ) -> list[Any]:
     after = []
-    with stream.block(index, overlay or {}), gather.hooks() if gather else contextlib.nullcontext():
+    with stream.block(index), gather.hooks():
         for position, (given, call, batch) in enumerate(zip(hidden, calls, batches, strict=True)):
-            if gather:
-                gather.position, gather.where = position, outcome.positions(batch)
+            gather.position, gather.where = position, outcome.positions(batch)
             try:
                 out = stream.run(index, given, call[index])
                 if not torch.isfinite(out).all():
@@ -217,7 +213,7 @@ def _outside(
         for given, batch in zip(hidden[: gather.batches], batches, strict=False):
             gather.where = outcome.positions(batch)
             try:
-                with contextlib.suppress(_StopForward):
+                with contextlib.suppress(StopForward):
                     stream.leave(given, batch)
             except ModelError as error:
                 raise ModelError(f"{error}{_on(describe(batch))}") from None

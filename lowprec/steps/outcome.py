@@ -28,6 +28,9 @@ class Outcome(Protocol):
     def sampled_log_likelihood(self, output: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
         """Scalar: the log-likelihood of labels sampled from `output`, summed over the batch."""
 
+    def divergence(self, reference: Tensor, output: Tensor, batch: Any) -> Tensor:
+        """Scalar: KL(reference || output) in nats, summed over the batch."""
+
 
 def _positions(batch: Any) -> Tensor | None:
     if hasattr(batch, "lengths"):
@@ -59,6 +62,15 @@ class Tokens:
             labels = _sample(flat, generator)
         return -torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
+    def divergence(self, reference: Tensor, output: Tensor, batch: Any) -> Tensor:
+        """Sum over real positions of KL over the vocabulary."""
+        where = self.positions(batch)
+        expected, found = (
+            (x.flatten(0, 1) if where is None else x[where.to(x.device)]).float().log_softmax(-1)
+            for x in (reference, output)
+        )
+        return torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+
 
 class Vector:
     """An output [B, ...] without probabilities."""
@@ -75,6 +87,10 @@ class Vector:
         """<r, o> with r ~ N(0, I): its gradient is the score of a sample of the unit Gaussian around o."""
         noise = torch.randn(output.shape, generator=generator).to(output)
         return (noise * output).sum()
+
+    def divergence(self, reference: Tensor, output: Tensor, batch: Any) -> Tensor:
+        """Half the squared error."""
+        return 0.5 * (output - reference).float().square().sum()
 
 
 def _sample(logits: Tensor, generator: torch.Generator, chunk: int = 64) -> Tensor:

@@ -37,7 +37,7 @@ from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream
-from lowprec.steps.tokens import Batch
+from lowprec.steps.tokens import rows_of_batch
 
 Key = tuple[str, str, str]
 Row = dict[Key, Tensor]
@@ -276,7 +276,9 @@ def effects(
 
     with stream.outer():
         entered = [stream.enter(batch) for batch in batches]
-    events = torch.cat([outcome.events(batch, _rows(h, batch)) for (h, _), batch in zip(entered, batches, strict=True)])
+    events = torch.cat(
+        [outcome.events(batch, rows_of_batch(h, batch)) for (h, _), batch in zip(entered, batches, strict=True)]
+    )
     if stream.whole:
         keep(run.whole(probe(groups)))
         return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
@@ -295,13 +297,6 @@ def effects(
     for index in range(stream.depth + 1):
         keep(_stored_rows(scratch, index))
     return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
-
-
-def _rows(hidden: Any, batch: Any) -> Tensor:
-    """What has a row for each sequence: hidden states, or, of a model without a cut, the batch's own tensor."""
-    if isinstance(hidden, Tensor):
-        return hidden
-    return batch.ids if isinstance(batch, Batch) else torch.as_tensor(next(iter(batch.values())))
 
 
 def _checkpoint(scratch: Scratch, index: int, rows: Sequence[Row], gradients: Sequence[Tensor]) -> None:

@@ -1,12 +1,9 @@
 """Rounds groups: weight formats to solvers, results to disk, and dequantised weights back to the stream.
 
-Two uses of one rounder:
-
-- *While calibrating*: each group is rounded in every weight format that some scheme of it uses, so that the
-  sensitivity is that of the errors that the solver really leaves. Results of solvers that need statistics are kept on
-  disk, one file per (group, format); plain rounding is cheaper made again.
-- *After allocation*, where the effort pays for it: one more pass in which each group is rounded in its scheme against
-  the inputs that the rounded blocks before it produce (GPTQ's own procedure), kept as one file per group.
+While calibrating, each group is rounded in every weight format that some scheme of it uses, so that the sensitivity is
+that of the errors that the solver really leaves. Results of solvers that need statistics are kept on disk, one file per
+(group, format); plain rounding is cheaper made again. `lowprec.steps.compensate` rounds whole mixes with the same
+rounder.
 
 Layers are rounded by a pool of threads, each with one thread of its own for arithmetic, so the results depend neither
 on the number of workers nor on their order.
@@ -14,7 +11,6 @@ on the number of workers nor on their order.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +19,9 @@ from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
-from lowprec.steps.calibrate import Calibration, Progress, calibrate
+from lowprec.solvers.asymmetric import retargeted
+from lowprec.steps.calibrate import Calibration
 from lowprec.steps.linear import output_width, weight_of
-from lowprec.steps.outcome import Outcome
-from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Overlay, Override, Stream
 
 Wanted = tuple[Group, str, LayerStatistics | None]
@@ -67,10 +62,15 @@ class Rounder:
     def solve(self, wanted: Sequence[Wanted]) -> list[dict[str, QuantizedWeight]]:
         """Rounds each (group, format, statistics): layer -> codes and scales.
 
+        Where the statistics have a drift, the weight that is rounded is `retargeted` first, whatever the solver.
+
         Rows do not depend on each other: a group's layers are stacked, and cut into slices that are rounded side by
         side, so that neither small layers nor a large head leave a worker idle.
         """
-        stacked = [torch.cat([self._weight(layer) for layer in group.layers]) for group, _, _ in wanted]
+        stacked = [
+            retargeted(torch.cat([self._weight(layer) for layer in group.layers]), statistics)
+            for group, _, statistics in wanted
+        ]
         jobs = [(i, start) for i, w in enumerate(stacked) for start in range(0, len(w), ROWS_OF_A_JOB)]
 
         def run(job: tuple[int, int]) -> QuantizedWeight:
@@ -157,49 +157,6 @@ def override(scheme: Scheme, calibration: Calibration, group: str, weight: Calla
     """The override of a layer of `group` in `scheme`, with the static activation scale where the scheme has one."""
     scale = calibration.scale_of(group, scheme.activation)
     return Override(weight=weight, activation=scheme.activation, activation_scale=scale)
-
-
-def solve_plan(
-    stream: Stream,
-    groups: Sequence[Group],
-    schemes: Mapping[str, Scheme],
-    batches: Sequence[Any],
-    outcome: Outcome,
-    rounder: Rounder,
-    folder: RunFolder,
-    inputs: Mapping[str, str],
-    calibration: Calibration,
-    scratch: Scratch,
-    finished: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> dict[str, QuantizedWeight]:
-    """Streams once more, rounding each group in its scheme against the inputs that the rounded model produces.
-
-    `finished` says that an earlier call went to the end: then its files are read and nothing runs.
-    """
-    solved: dict[str, QuantizedWeight] = {}
-    overlay: dict[str, Override] = {}
-
-    def on_groups(gathered: Sequence[tuple[Group, LayerStatistics]]) -> None:
-        wanted = [
-            (group, fmt, statistics)
-            for group, statistics in gathered
-            if (fmt := schemes[group.name].weight) is not None and group.layers[0] not in solved
-        ]
-        for (group, _, _), found in zip(wanted, rounder.solve(wanted), strict=True):
-            folder.write_solved(f"{group.name}@compensated", found, inputs)
-            solved.update(found)
-            overlay.update(overlay_of([group], schemes, found, calibration))
-
-    # A pass that was cut starts again from its hidden states; what lies before them is read back from the folder.
-    for group in groups:
-        kept = folder.read_solved(f"{group.name}@compensated", inputs)
-        if kept is not None and schemes[group.name].weight is not None:
-            solved.update(kept)
-            overlay.update(overlay_of([group], schemes, kept, calibration))
-    if not finished:
-        calibrate(stream, groups, batches, outcome, on_groups, scratch, progress=progress, overlay=overlay)
-    return solved
 
 
 def overlay_of(

@@ -213,6 +213,15 @@ class Stream:
             for table, name, old in put_back:
                 table[name] = old
 
+    @contextlib.contextmanager
+    def computing(self, dtype: torch.dtype) -> Iterator[None]:
+        """Materialises in another dtype while open; hidden states change their dtype with it."""
+        before, self.dtype = self.dtype, dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
@@ -303,7 +312,10 @@ def _rounds_input(override: Override) -> Callable[[nn.Module, tuple[Any, ...]], 
     fmt = ACTIVATION_FORMATS[override.activation]
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fmt.fake_quantize(args[0], override.activation_scale), *args[1:])
+        x: Tensor = args[0]
+        rounded = fmt.fake_quantize(x.detach(), override.activation_scale)
+        # Where gradients are wanted they pass as if nothing were rounded; elsewhere the rounded values are untouched.
+        return (x + (rounded - x).detach() if x.requires_grad else rounded, *args[1:])
 
     return hook
 

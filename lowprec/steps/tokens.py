@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -127,3 +128,10 @@ class Batched:
 def batched(data: TokenSet) -> Batched:
     """`data` in its batches."""
     return Batched(data=data, batches=tuple(data.batches()))
+
+
+def rows_of_batch(hidden: Any, batch: Any) -> torch.Tensor:
+    """What has a row for each sequence: hidden states, or, of a model without a cut, the batch's own tensor."""
+    if isinstance(hidden, torch.Tensor):
+        return hidden
+    return batch.ids if isinstance(batch, Batch) else torch.as_tensor(next(iter(batch.values())))

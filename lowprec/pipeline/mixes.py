@@ -1,0 +1,193 @@
+"""Rounds mixes as well as the effort pays for, and measures each on tuning data.
+
+A mix has up to three roundings: *plain*, as calibration rounded each group by itself; *compensated*
+(`lowprec.steps.compensate`); *healed* (`lowprec.steps.heal`), which starts from the better of those. Each is measured,
+and the one of the least upper bound stands for the mix, so none is ever worse than what it started from.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lowprec.formats import QuantizedWeight, scheme_named
+from lowprec.pipeline.prepare import Prepared
+from lowprec.pipeline.score import Scored
+from lowprec.records import Scheme, digest
+from lowprec.steps.allocate import Allocation
+from lowprec.steps.compensate import Compensation
+from lowprec.steps.heal import Healing
+from lowprec.steps.measure import Run, compare, mean_kl, run_through
+from lowprec.steps.metrics import tuning_loss
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.solve import overlay_of
+from lowprec.steps.stream import Overlay
+from lowprec.steps.verify import Measured
+
+PLAIN, COMPENSATED, HEALED = "plain", "compensated", "healed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredMix:
+    """What one mix lost on tuning data, in the better of its roundings; kept so that no mix is measured twice."""
+
+    mix: str
+    rounding: str
+    loss: float
+    upper: float
+    kl_nats: float
+
+    @property
+    def measured(self) -> Measured:
+        """Without the name."""
+        return Measured(loss=self.loss, upper=self.upper, kl_nats=self.kl_nats)
+
+
+class Tuning:
+    """Measures mixes on tuning text; the reference runs once, when it is first needed."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    @cached_property
+    def _reference(self) -> Run:
+        return run_through(self._prepared.stream, self._prepared.tuning.batches)
+
+    def measure(self, overlay: Overlay) -> Measured:
+        """Loss, its upper bound, and KL of the model under `overlay`."""
+        context, tuning = self._prepared.context, self._prepared.tuning
+        reference, metric = self._reference, context.metric
+        candidate = run_through(self._prepared.stream, tuning.batches, overlay)
+        table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
+        loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, context.settings.seed)
+        return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
+
+
+class Mixes:
+    """Rounds and measures mixes, each once, also over runs that were cut."""
+
+    def __init__(self, scored: Scored) -> None:
+        self._scored, self._prepared = scored, scored.prepared
+        self._tuning = Tuning(self._prepared)
+        # Which rounding a mix is given depends on the effort, so what was measured does, too.
+        prepared, settings = self._prepared, self._prepared.context.settings
+        rounding = {"rounding": f"{settings.effort.compensated} {settings.healing_passes}"}
+        self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
+        self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
+        folder = prepared.context.folder
+        known = folder.read_step("measured", self._measured_inputs, tuple[MeasuredMix, ...]) or ()
+        self._measured: dict[str, MeasuredMix] = {m.mix: m for m in known}
+
+    def measure(self, allocation: Allocation) -> Measured:
+        """What the mix loses on tuning data."""
+        schemes = allocation.scheme_of()
+        mix = _name_of(schemes)
+        if mix not in self._measured:
+            self._measured[mix] = self._better(schemes, allocation.loss)
+            self._prepared.context.folder.write_step("measured", tuple(self._measured.values()), self._measured_inputs)
+        return self._measured[mix].measured
+
+    def rounding_of(self, schemes: Mapping[str, str]) -> str:
+        """Which of its roundings a mix was best in; plain for one that was never measured, as the reference is."""
+        found = self._measured.get(_name_of(schemes))
+        return found.rounding if found else PLAIN
+
+    def solved(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        """Codes and scales of the mix, in its best rounding; forgets what only others needed."""
+        solved = self._rounded(schemes, self.rounding_of(schemes))
+        groups, folder = self._prepared.groups, self._prepared.context.folder
+        for mix in self._measured.keys() - {_name_of(schemes)}:
+            folder.forget_solved(f"{g.name}@{kind}{mix}" for g in groups for kind in ("", HEALED))
+        return solved
+
+    def _better(self, schemes: Mapping[str, str], predicted_kl_nats: float) -> MeasuredMix:
+        """The best rounding that the effort pays for, gated on tuning data: never worse than what it started from."""
+        settings = self._prepared.context.settings
+        quantised = any(scheme_named(s).weight for s in schemes.values())
+        found: list[MeasuredMix] = []
+        if settings.effort.compensated and quantised:
+            found.append(self._measure(schemes, COMPENSATED))
+        if not found or found[0].kl_nats >= predicted_kl_nats:
+            found.append(self._measure(schemes, PLAIN))
+        best = min(found, key=lambda m: m.upper)
+        if settings.healing_passes and quantised:
+            found.append(self._measure(schemes, HEALED, best.rounding))
+        chosen = min(found, key=lambda m: m.upper)
+        if chosen is not found[-1 if settings.healing_passes else 0]:
+            self._prepared.context.progress.note(
+                f"the {chosen.rounding} rounding loses least on tuning data and is kept"
+            )
+        return chosen
+
+    def _measure(self, schemes: Mapping[str, str], rounding: str, start: str = COMPENSATED) -> MeasuredMix:
+        prepared = self._prepared
+        if rounding == PLAIN:
+            overlay: Overlay = self._scored.overlay(schemes)
+        else:
+            solved = self._rounded(schemes, rounding, start)
+            overlay = overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration)
+        loss = self._tuning.measure(overlay)
+        return MeasuredMix(mix=_name_of(schemes), rounding=rounding, **dataclasses.asdict(loss))
+
+    def _rounded(
+        self, schemes: Mapping[str, str], rounding: str, start: str = COMPENSATED
+    ) -> dict[str, QuantizedWeight]:
+        if rounding == HEALED:
+            return self._healed(schemes, start)
+        return self._compensated(schemes) if rounding == COMPENSATED else self._plain(schemes)
+
+    def _plain(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        rounder, groups = self._prepared.rounder, self._prepared.groups
+        formats = {g.name: scheme_named(schemes[g.name]).weight for g in groups}
+        return {layer: rounder.rounded(layer, fmt) for g in groups if (fmt := formats[g.name]) for layer in g.layers}
+
+    def _compensated(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        prepared, context = self._prepared, self._prepared.context
+        mix = _name_of(schemes)
+        inputs = {**self._inputs, "mix": mix}
+        scratch = Scratch(context.folder.path / "work-solve", digest(*inputs.values()))
+        with context.progress.step("compensate", prepared.stream.depth + 1, "blocks") as step:
+            found = Compensation(
+                **self._fitted(schemes), rounder=prepared.rounder, folder=context.folder, inputs=inputs, name=mix
+            ).run(scratch, step.report)
+        scratch.clear()
+        return found
+
+    def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
+        """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
+        context, groups = self._prepared.context, self._prepared.groups
+        mix = _name_of(schemes)
+        inputs = {**self._inputs, "mix": mix}
+        quantised = [g for g in groups if scheme_named(schemes[g.name]).weight]
+        kept = [context.folder.read_solved(f"{g.name}@{HEALED}{mix}", inputs) for g in quantised]
+        if all(found is not None for found in kept):
+            return {layer: weight for found in kept for layer, weight in (found or {}).items()}
+        with context.progress.step("heal", unit="steps") as step:
+            passes, seed = context.settings.healing_passes, context.settings.seed
+            healing = Healing(**self._fitted(schemes), passes=passes, seed=seed)
+            healed = healing.run(self._rounded(schemes, start), step.report)
+        for g in quantised:
+            weights = {layer: healed[layer] for layer in g.layers}
+            context.folder.write_solved(f"{g.name}@{HEALED}{mix}", weights, inputs)
+        return healed
+
+    def _fitted(self, schemes: Mapping[str, str]) -> dict[str, Any]:
+        """What compensating and healing both are given."""
+        prepared = self._prepared
+        return {
+            "stream": prepared.stream,
+            "groups": prepared.groups,
+            "schemes": _schemes(schemes),
+            "batches": prepared.statistics_batches,
+            "outcome": prepared.context.model.outcome,
+            "calibration": self._scored.calibration,
+        }
+
+
+def _schemes(names: Mapping[str, str]) -> dict[str, Scheme]:
+    return {group: scheme_named(name) for group, name in names.items()}
+
+
+def _name_of(schemes: Mapping[str, str]) -> str:
+    return digest(repr(sorted(schemes.items())))

@@ -1,0 +1,235 @@
+"""Rounds a mix for good: group after group, each making up for what the groups before it have done to its input.
+
+Two copies of the hidden states go through the model side by side, the reference's and the rounded model's. In each
+block the reference runs once, and the inputs of all groups are kept; then, group by group in the order in which they
+run, the rounded block runs up to that group, whose Hessian and drift (`lowprec.solvers.asymmetric`) come from the input
+that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is.
+
+All of it is statistics, so it is computed in bfloat16 where the processor multiplies that fast; what comes of it is
+measured in float32 like everything else. A killed pass resumes at the block that was cut, and reads solved groups back.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.artifacts.folder import RunFolder
+from lowprec.formats import QuantizedWeight
+from lowprec.records import Group, Scheme
+from lowprec.solvers import LayerStatistics
+from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
+from lowprec.steps.outcome import Outcome
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.solve import Rounder, overlay_of, override
+from lowprec.steps.stream import Call, Overlay, Override, Stream
+
+Kept = dict[str, dict[int, Tensor]]
+"""Group -> number of the batch -> the group's input there."""
+
+
+def fast_dtype(stream: Stream) -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, by the processor's own word.
+
+    A model without a cut is given the batches themselves, whose dtype is the user's: it stays with float32.
+    """
+    if stream.whole:
+        return torch.float32
+    if stream.device.type != "cpu":
+        return torch.bfloat16
+    # Without these instructions bfloat16 is emulated, several times slower than float32.
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in probes) else torch.float32
+
+
+class _Paired(Gather):
+    """Sums the Hessian of one group's input and the drift from the reference's input."""
+
+    def __init__(self, stream: Stream, group: Group, batches: int, reference: Mapping[int, Tensor]) -> None:
+        super().__init__(stream, [group], batches)
+        self._reference = reference
+        self._drift: Tensor | None = None
+
+    def add(self, group: Group, x: Tensor) -> None:
+        """Adds the real rows of x [B, T, K] or [B, K], and of what the reference had in their place."""
+        super().add(group, x)
+        mine, theirs = self.rows(x), self.rows(self._reference[self.position])
+        if self._drift is None:
+            self._drift = torch.zeros(mine.shape[1], mine.shape[1], device=mine.device)
+        self._drift.addmm_((theirs - mine).T, mine)
+
+    def paired(self) -> LayerStatistics:
+        """The statistics, with the drift."""
+        found = self.statistics(self.groups[0])
+        assert self._drift is not None
+        return replace(found, drift=self._drift.div_(found.tokens).cpu())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compensation:
+    """A pass over one mix; `run` makes it.
+
+    Attributes:
+        schemes: group -> scheme.
+        batches: calibration text.
+        folder, inputs: where solved groups are kept, and digests that name this very rounding.
+        name: what the files of solved groups are called behind the group's name.
+    """
+
+    stream: Stream
+    groups: Sequence[Group]
+    schemes: Mapping[str, Scheme]
+    batches: Sequence[Any]
+    outcome: Outcome
+    rounder: Rounder
+    calibration: Calibration
+    folder: RunFolder
+    inputs: Mapping[str, str]
+    name: str
+
+    def run(self, scratch: Scratch, progress: Progress = lambda done, total: None) -> dict[str, QuantizedWeight]:
+        """Codes and scales of every quantised layer.
+
+        Raises:
+            ModelError: NaN or infinite activations; names the group.
+        """
+        solved = self._kept()
+        if all(layer in solved for group in self._quantised for layer in group.layers):
+            return solved
+        with torch.no_grad(), self.stream.computing(fast_dtype(self.stream)):
+            self._through(solved, scratch, progress)
+        return solved
+
+    @property
+    def _quantised(self) -> list[Group]:
+        return [g for g in self.groups if self.schemes[g.name].weight is not None]
+
+    def _kept(self) -> dict[str, QuantizedWeight]:
+        """What an earlier, perhaps cut, pass has solved."""
+        solved: dict[str, QuantizedWeight] = {}
+        for group in self._quantised:
+            solved |= self.folder.read_solved(f"{group.name}@{self.name}", self.inputs) or {}
+        return solved
+
+    def _through(self, solved: dict[str, QuantizedWeight], scratch: Scratch, progress: Progress) -> None:
+        stream = self.stream
+        having = [g for g in self._quantised if all(layer in solved for layer in g.layers)]
+        overlay = dict(overlay_of(having, self.schemes, solved, self.calibration))
+        with stream.outer():
+            entered = [stream.enter(batch) for batch in self.batches]
+        calls = [call for _, call in entered]
+        start = scratch.note("block") or 0
+        reference, rounded = (
+            (scratch.load(f"{side}-{start}") if start else None) or [h for h, _ in entered]
+            for side in ("reference", "rounded")
+        )
+        del entered
+        for index in range(start, stream.depth):
+            inside = [g for g in self._quantised if g.block == index or stream.whole]
+            after, kept = self._reference(_block(stream, index, reference, calls), inside)
+            self._solve(inside, kept, _block(stream, index, rounded, calls), solved, overlay)
+            with stream.block(index, overlay):
+                rounded = [stream.run(index, h, call[index]) for h, call in zip(rounded, calls, strict=True)]
+            reference = after
+            if not stream.whole:
+                _checkpoint(scratch, index + 1, reference, rounded)
+            progress(index + 1, stream.depth + 1)
+        outside = [g for g in self._quantised if g.block is None and not stream.whole]
+        if outside:
+            _, kept = self._reference(_behind(stream, reference, self.batches), outside, stop=True)
+            self._solve(outside, kept, _behind(stream, rounded, self.batches), solved, overlay)
+        progress(stream.depth + 1, stream.depth + 1)
+
+    def _reference(self, place: "_Place", groups: Sequence[Group], stop: bool = False) -> tuple[list[Any], Kept]:
+        """What the reference makes of each batch there, and the inputs of `groups` in the order in which they run.
+
+        With `stop` nothing is computed beyond the last of those inputs, and what comes back is empty.
+        """
+        after: list[Any] = []
+        kept: Kept = {}
+        position = 0
+
+        def keep(group: Group) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                kept.setdefault(group.name, {})[position] = args[0]
+                if stop and all(position in kept.get(g.name, {}) for g in groups):
+                    raise StopForward
+
+            return hook
+
+        handles = [self.stream.layers[g.layers[0]].register_forward_pre_hook(keep(g)) for g in groups]
+        try:
+            with place.opened({}):
+                for position in range(len(self.batches)):
+                    with contextlib.suppress(StopForward):
+                        after.append(place.step(position))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return after, kept
+
+    def _solve(
+        self,
+        groups: Sequence[Group],
+        kept: Kept,
+        place: "_Place",
+        solved: dict[str, QuantizedWeight],
+        overlay: dict[str, Override],
+    ) -> None:
+        """Rounds the groups of one place, as far as they are not, in the order in which they run."""
+        by_name = {group.name: group for group in groups}
+        for name in [*kept, *(by_name.keys() - kept.keys())]:
+            group, reference = by_name[name], kept.pop(name, {})
+            if any(layer not in solved for layer in group.layers):
+                statistics = self._gathered(group, reference, place, overlay)
+                found = self.rounder.solve([(group, self.schemes[name].weight or "", statistics)])[0]
+                self.folder.write_solved(f"{name}@{self.name}", found, self.inputs)
+                solved |= found
+            overlay |= overlay_of([group], self.schemes, solved, self.calibration)
+
+    def _gathered(
+        self, group: Group, reference: Mapping[int, Tensor], place: "_Place", overlay: Mapping[str, Override]
+    ) -> LayerStatistics:
+        """Runs the rounded model up to the group's input."""
+        # The layers are not rounded yet, but what they are given already is.
+        scheme = self.schemes[group.name]
+        given = {layer: override(scheme, self.calibration, group.name, None) for layer in group.layers}
+        gather = _Paired(self.stream, group, len(self.batches), reference)
+        with place.opened({**overlay, **given}), gather.hooks(stop_after=True):
+            for position, batch in enumerate(self.batches):
+                gather.position, gather.where = position, self.outcome.positions(batch)
+                with contextlib.suppress(StopForward):
+                    place.step(position)
+        return gather.paired()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A part of the model: how it is opened under an overlay, and how it runs over a batch."""
+
+    opened: Callable[[Overlay], AbstractContextManager[object]]
+    step: Callable[[int], Any]
+
+
+def _block(stream: Stream, index: int, hidden: Sequence[Any], calls: Sequence[Sequence[Call]]) -> _Place:
+    return _Place(
+        opened=lambda overlay: stream.block(index, overlay),
+        step=lambda position: stream.run(index, hidden[position], calls[position][index]),
+    )
+
+
+def _behind(stream: Stream, hidden: Sequence[Any], batches: Sequence[Any]) -> _Place:
+    return _Place(opened=stream.outer, step=lambda position: stream.leave(hidden[position], batches[position]))
+
+
+def _checkpoint(scratch: Scratch, index: int, reference: Sequence[Tensor], rounded: Sequence[Tensor]) -> None:
+    """Files of their own, then the note that makes them count: a kill in between leaves the old state."""
+    scratch.save(f"reference-{index}", reference)
+    scratch.save(f"rounded-{index}", rounded)
+    scratch.set_note("block", index)
+    for side in ("reference", "rounded"):
+        scratch.forget(f"{side}-{index - 1}")

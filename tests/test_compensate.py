@@ -1,0 +1,196 @@
+"""Asymmetric calibration, the pass that compensates, and healing, on tiny models against what they promise."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from lowprec.artifacts.folder import RunFolder
+from lowprec.errors import ConfigError
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_named
+from lowprec.records import Scheme
+from lowprec.solvers import SOLVERS, LayerStatistics
+from lowprec.solvers.asymmetric import retargeted
+from lowprec.steps.calibrate import Calibration
+from lowprec.steps.compensate import Compensation
+from lowprec.steps.graph import find_groups
+from lowprec.steps.heal import Healing
+from lowprec.steps.linear import weight_of
+from lowprec.steps.load import decoder_forward, sentence_forward
+from lowprec.steps.measure import compare, compare_tokens, compare_vectors, mean_kl, run_through
+from lowprec.steps.outcome import Outcome, Tokens, Vector
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.solve import Rounder, overlay_of
+from lowprec.steps.stream import Stream
+from lowprec.steps.tokens import Batch
+
+UNQUANTISED = scheme_named("bf16")
+
+
+def batches(count: int, seed: int, rows: int = 8, length: int = 32) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = torch.full((rows,), length)
+    return [
+        Batch(ids=torch.randint(0, tiny.WORDS, (rows, length), generator=generator), lengths=shapes, index=())
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path) as opened:
+        yield opened
+
+
+class Lab:
+    """A tiny model, rounded in one scheme, and the KL of a rounding on text that nothing was fitted to."""
+
+    def __init__(self, folder: RunFolder, scheme: str, model: Any, solver: str = "gptq-quick", skip: str = "") -> None:
+        decoder = hasattr(model, "lm_head")
+        self.forward = decoder_forward if decoder else sentence_forward
+        self.outcome: Outcome = Tokens() if decoder else Vector()
+        self.by = compare_tokens if decoder else compare_vectors(None)
+        self.stream = Stream(model, self.forward, batches(1, 0)[0])
+        self.groups = find_groups(self.stream)[0]
+        self.schemes: dict[str, Scheme] = {
+            g.name: UNQUANTISED if skip and skip in g.name else resolve(scheme_named(scheme), g.k) for g in self.groups
+        }
+        self.folder = folder
+        self.rounder = Rounder(self.stream, self.groups, self.folder, {}, solver)
+        self.common: dict[str, Any] = {
+            "stream": self.stream,
+            "groups": self.groups,
+            "schemes": self.schemes,
+            "batches": batches(12, 1),
+            "outcome": self.outcome,
+            "calibration": Calibration(amax=(), batches=12),
+        }
+        self.unseen = batches(4, 2)
+
+    def compensated(self) -> dict[str, QuantizedWeight]:
+        compensation = Compensation(**self.common, rounder=self.rounder, folder=self.folder, inputs={}, name="lab")
+        return compensation.run(Scratch(self.folder.path / "work", "lab"))
+
+    def plain(self) -> dict[str, QuantizedWeight]:
+        return {
+            layer: SOLVERS["rtn"].solve(weight_of(self.stream.layers[layer]).float(), WEIGHT_FORMATS[fmt], None)
+            for g in self.groups
+            if (fmt := self.schemes[g.name].weight)
+            for layer in g.layers
+        }
+
+    def kl(self, solved: dict[str, QuantizedWeight], on: Sequence[Batch] | None = None) -> float:
+        on = on or self.unseen
+        overlay = overlay_of(self.groups, self.schemes, solved, self.common["calibration"])
+        reference, changed = run_through(self.stream, on), run_through(self.stream, on, overlay)
+        return mean_kl(compare(reference, [changed], on, self.by)[0])
+
+
+def inputs(tokens: int, k: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    before = torch.randn(tokens, k, generator=generator, dtype=torch.float64) @ mixing
+    return before, before + noise * torch.randn(tokens, k, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1, 1.0])
+def test_the_new_target_is_where_the_gradient_vanishes(ridge: float) -> None:
+    before, x = inputs(400, 12, 0.5)
+    w = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    h, drift = x.T @ x / len(x), (before - x).T @ x / len(x)
+    v = retargeted(w, LayerStatistics(hessian=h, tokens=len(x), drift=drift), ridge).requires_grad_()
+    objective = (before @ w.T - x @ v.T).square().sum() / len(x) + ridge * h.diagonal().mean() * (v - w).square().sum()
+    (gradient,) = torch.autograd.grad(objective, v)
+    assert gradient.abs().max() < 1e-9 * objective.item()
+
+
+def test_without_drift_the_target_is_the_weight() -> None:
+    w = torch.randn(3, 4)
+    assert retargeted(w, None) is w
+    assert retargeted(w, LayerStatistics(hessian=torch.eye(4), tokens=1)) is w
+    none = LayerStatistics(hessian=torch.eye(4), tokens=1, drift=torch.zeros(4, 4))
+    assert torch.equal(retargeted(w, none), w)
+    unseen = LayerStatistics(hessian=torch.zeros(4, 4), tokens=1, drift=torch.zeros(4, 4))
+    assert retargeted(w, unseen) is w
+
+
+def test_a_drift_of_another_layer_is_refused() -> None:
+    wrong = LayerStatistics(hessian=torch.eye(4), tokens=1, drift=torch.zeros(3, 3))
+    with pytest.raises(ConfigError, match=r"K = 4.*\(3, 3\)"):
+        retargeted(torch.randn(3, 4), wrong)
+
+
+@pytest.mark.parametrize("name", [*tiny.DECODERS, "bert"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-int8-g32"])
+def test_compensated_rounding_loses_less_on_unseen_text(name: str, scheme: str, folder: RunFolder) -> None:
+    lab = Lab(folder, scheme, tiny.encoder() if name in tiny.ENCODERS else tiny.decoder(name))
+    assert lab.kl(lab.compensated()) < 0.8 * lab.kl(lab.plain())
+
+
+def test_eight_bits_make_up_for_four_bits_before_them(folder: RunFolder) -> None:
+    """The head rounded in INT8 mends what INT4 has done to its input, though INT8 itself loses nothing."""
+    lab = Lab(folder, "w4a16-g32", tiny.decoder("llama-untied"))
+    lab.schemes["lm_head"] = scheme_named("w8a16")
+    solved = lab.compensated()
+    as_it_was = {**solved, "lm_head": lab.plain()["lm_head"]}
+    assert lab.kl(solved, lab.common["batches"]) < 0.97 * lab.kl(as_it_was, lab.common["batches"])
+
+
+def test_what_stays_bfloat16_is_not_touched(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder(), skip="mlp")
+    assert not any("mlp" in layer for layer in lab.compensated())
+
+
+def test_a_module_without_a_cut_is_compensated_and_healed(folder: RunFolder) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).eval()
+    data = [torch.randn(64, 64) for _ in range(6)]
+    stream = Stream(module, lambda m, x: m(x), data[0])
+    groups = find_groups(stream)[0]
+    schemes = {g.name: scheme_named("w4a16-g32") for g in groups}
+    common: dict[str, Any] = {"stream": stream, "groups": groups, "schemes": schemes, "batches": data}
+    common |= {"outcome": Vector(), "calibration": Calibration(amax=(), batches=6)}
+    rounder = Rounder(stream, groups, folder, {}, "gptq-quick")
+    solved = Compensation(**common, rounder=rounder, folder=folder, inputs={}, name="m").run(
+        Scratch(folder.path / "work", "m")
+    )
+
+    def loss(weights: dict[str, QuantizedWeight]) -> float:
+        unseen = [torch.randn(64, 64, generator=torch.Generator().manual_seed(9))]
+        runs = [
+            run_through(stream, unseen, o) for o in ({}, overlay_of(groups, schemes, weights, common["calibration"]))
+        ]
+        return mean_kl(compare(runs[0], [runs[1]], unseen, compare_vectors(None))[0])
+
+    assert loss(Healing(**common, passes=4).run(solved)) < loss(solved)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-int8-g32"])
+def test_healing_changes_scales_alone_and_loses_less(name: str, scheme: str, folder: RunFolder) -> None:
+    lab = Lab(folder, scheme, tiny.decoder(name))
+    solved = lab.compensated()
+    healed = Healing(**lab.common, passes=6).run(solved)
+    assert lab.kl(healed, lab.common["batches"]) < lab.kl(solved, lab.common["batches"])
+    for layer, weight in healed.items():
+        assert torch.equal(weight.codes.view(torch.uint8), solved[layer].codes.view(torch.uint8))
+        assert torch.equal(weight.scale, weight.scale.bfloat16().float()), "as it will be stored"
+    assert any(not torch.equal(healed[layer].scale, solved[layer].scale) for layer in solved)
+
+
+def test_healing_is_the_same_every_time(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    solved = lab.compensated()
+    one, two = (Healing(**lab.common, passes=1, seed=3).run(solved) for _ in range(2))
+    assert all(torch.equal(one[layer].scale, two[layer].scale) for layer in solved)
+
+
+def test_no_pass_heals_nothing(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    solved = lab.compensated()
+    healed = Healing(**lab.common, passes=0).run(solved)
+    assert all(torch.equal(healed[layer].scale, solved[layer].scale) for layer in solved)
