@@ -63,11 +63,11 @@ EFFORTS = {
             checked_pairs=24,
             checked_tokens=8_192,
             compensated=True,
-            rounds=5,
+            rounds=4,
         ),
         Effort(
             name="best",
-            calibration_tokens=32_768,
+            calibration_tokens=49_152,
             sensitivity_tokens=32_768,
             tuning_tokens=49_152,
             held_out_tokens=64_000,

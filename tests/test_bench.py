@@ -8,8 +8,10 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 
 
-@pytest.mark.parametrize("file", sorted(BENCH.glob("*.py")), ids=lambda file: file.stem)
-def test_every_benchmark_imports(file: Path) -> None:
+@pytest.mark.parametrize("file", sorted(BENCH.rglob("*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_imports(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a script its own folder is where it finds its neighbours.
+    monkeypatch.syspath_prepend(str(file.parent))
     spec = importlib.util.spec_from_file_location(f"bench_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

@@ -182,6 +182,19 @@ def test_healing_changes_scales_alone_and_loses_less(name: str, scheme: str, fol
     assert any(not torch.equal(healed[layer].scale, solved[layer].scale) for layer in solved)
 
 
+def test_the_divergence_and_its_gradient_are_those_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, reference = (torch.randn(3, 50, 40, generator=generator) for _ in range(2))
+    batch = Batch(ids=torch.zeros(3, 50, dtype=torch.long), lengths=torch.tensor([50, 31, 44]), index=(0, 1, 2))
+    output.requires_grad_()
+    found = Tokens().divergence(reference, output, batch)
+    q, p = (x[batch.mask()].log_softmax(-1) for x in (output, reference))
+    wanted = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    one, two = (torch.autograd.grad(x * 0.5, output)[0] for x in (found, wanted))
+    assert torch.allclose(one, two, atol=1e-6)
+
+
 def test_healing_is_the_same_every_time(folder: RunFolder) -> None:
     lab = Lab(folder, "w4a16-g32", tiny.decoder())
     solved = lab.compensated()

@@ -59,7 +59,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + effort.checked_pairs * effort.checked_tokens * 0.6
         + 3 * effort.tuning_tokens
         + 2 * effort.held_out_tokens
-        + effort.rounds * _passes_per_mix(settings) * (effort.calibration_tokens + effort.sensitivity_tokens)
+        + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
     )
     return Estimate(
         memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + samples + logits),

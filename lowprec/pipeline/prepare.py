@@ -76,8 +76,8 @@ class Prepared:
 
     @property
     def statistics_batches(self) -> list[Batch]:
-        """The same text in larger batches, for passes that resume by block and keep no batch apart."""
-        return [b for part in (self.gathered, self.probed) for b in part.data.batches(STATISTICS_BATCH_TOKENS)]
+        """The text for Hessians in larger batches, which are faster; the probed text scores what was fitted to this."""
+        return self.gathered.data.batches(STATISTICS_BATCH_TOKENS)
 
     def documents_of(self, batch: Batch) -> str:
         """Names the text of a calibration batch, for messages."""

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# Rows of logits that are held in float32 at a time.
+ROWS_AT_ONCE = 64
+
 
 class Outcome(Protocol):
     """How an output is weighed."""
@@ -65,11 +68,33 @@ class Tokens:
     def divergence(self, reference: Tensor, output: Tensor, batch: Any) -> Tensor:
         """Sum over real positions of KL over the vocabulary."""
         where = self.positions(batch)
-        expected, found = (
-            (x.flatten(0, 1) if where is None else x[where.to(x.device)]).float().log_softmax(-1)
-            for x in (reference, output)
-        )
-        return torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+        expected, found = (x.flatten(0, 1) if where is None else x[where.to(x.device)] for x in (reference, output))
+        divergence: Tensor = _Kl.apply(found, expected)  # type: ignore[no-untyped-call]
+        return divergence
+
+
+class _Kl(torch.autograd.Function):
+    """Sum over rows of KL(reference || output) of logits [R, V], a few rows at a time.
+
+    Its gradient, softmax(output) - softmax(reference), is known at once: no float32 copy of the logits is ever held.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, reference: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(output), torch.zeros((), device=output.device)
+        for start in range(0, len(output), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            found, expected = (x[rows].float().log_softmax(-1) for x in (output, reference))
+            likely = expected.exp()
+            total += (likely * (expected - found)).sum()
+            gradient[rows] = found.exp_().sub_(likely)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient), None
 
 
 class Vector:
@@ -93,7 +118,7 @@ class Vector:
         return 0.5 * (output - reference).float().square().sum()
 
 
-def _sample(logits: Tensor, generator: torch.Generator, chunk: int = 64) -> Tensor:
+def _sample(logits: Tensor, generator: torch.Generator, chunk: int = ROWS_AT_ONCE) -> Tensor:
     """One category per row of `logits` [R, V], by inverting the distribution function; chunked to stay small.
 
     The random numbers come from the CPU's generator, so that every device samples the same labels.

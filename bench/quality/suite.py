@@ -1,0 +1,212 @@
+"""Rounding against its peers on four unlike texts: perplexity, time and memory, calibrated on the same 64 x 512 tokens.
+
+    python bench/quality/suite.py .demo/model.gguf --out .bench/quality --auto-round VENV/bin/python
+
+Every method runs in a process of its own (peers with the interpreter of their own environment), one after the other,
+and hands back the weights that it would compute with; those are judged here, in one runtime, against the same
+reference. A method whose result is in the folder already is not run again. The head stays bfloat16. Intervals are those
+of the judge: 95 %, over units of text, paired with the reference.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exchange import MEASURED, WEIGHTS
+from texts import TEXTS, texts
+
+from lowprec.artifacts.folder import canonical_json
+from lowprec.steps.compensate import fast_dtype
+from lowprec.steps.judge import ratio_bounds
+from lowprec.steps.load import Model, load
+from lowprec.steps.measure import compare, compare_tokens, paired, run_through
+from lowprec.steps.scores import PairedScores
+from lowprec.steps.stream import Override, Stream
+from lowprec.steps.tokens import TokenSet
+
+HERE = Path(__file__).parent
+BATCH_TOKENS = 2048
+CONFIDENCE = 0.95
+EVERYTHING = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One line of the table: what is run, with which interpreter, on which arguments."""
+
+    name: str
+    worker: str
+    python: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a method loses on one text: perplexity increase with its interval, and KL."""
+
+    text: str
+    tokens: int
+    perplexity_increase: float
+    lower: float
+    upper: float
+    kl_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One method's scores, time and memory."""
+
+    method: str
+    seconds: float
+    peak_bytes: int
+    scores: tuple[Score, ...]
+
+
+def methods(peers: Mapping[str, str]) -> list[Method]:
+    """Ours, and those peers whose interpreter is given."""
+    ours = [("plain rounding", "rtn", "0"), ("compensated", "gptq-quick", "0"), ("healed", "gptq-quick", "1")]
+    found = [
+        Method(
+            name=f"lowprec {kind}, w4a16-g64",
+            worker="worker_lowprec.py",
+            python=sys.executable,
+            arguments=("w4a16-g64", solver, passes),
+        )
+        for kind, solver, passes in ours
+    ]
+    if "auto-round" in peers:
+        found += [
+            Method(
+                name=f"AutoRound, {iterations} iterations, int4 g64 symmetric",
+                worker="worker_auto_round.py",
+                python=peers["auto-round"],
+                arguments=("4", "64", "symmetric", iterations),
+            )
+            for iterations in ("30", "200")
+        ]
+    return found
+
+
+def prepare(model: Model, folder: Path, tokens: int) -> TokenSet:
+    """Writes the bfloat16 model and the calibration windows; returns what is judged by."""
+    found = texts(model.tokenizer, folder / "packages", tokens)
+    if not (folder / "model" / "config.json").exists():
+        config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if "quantization" not in k})
+        fresh = type(model.module)(config).to(torch.bfloat16)
+        fresh.load_state_dict(model.module.state_dict())
+        fresh.save_pretrained(folder / "model")
+        model.tokenizer.save_pretrained(folder / "model")
+    save_file({"ids": found.calibration.contiguous()}, folder / "calibration.safetensors")
+    return found.judged
+
+
+def run(method: Method, folder: Path) -> Path:
+    """Runs the method unless its result is there; returns its folder."""
+    out = folder / method.name.replace(",", "").replace(" ", "-")
+    if not (out / MEASURED).exists():
+        given = [str(folder / "model"), str(folder / "calibration.safetensors"), str(out)]
+        command = [method.python, str(HERE / method.worker), *given, *method.arguments]
+        subprocess.run(command, check=True)
+    return out
+
+
+class Bench:
+    """The reference on the judged text, and what others lose against it."""
+
+    def __init__(self, model: Model, judged: TokenSet) -> None:
+        self._judged, self._batches = judged, judged.batches(BATCH_TOKENS)
+        self._stream = Stream(model.module, model.forward, self._batches[0])
+        # Reference and candidates in the same dtype: bfloat16's own noise, 0.001 nats, is in all rows.
+        self._dtype = fast_dtype(self._stream)
+        with self._stream.computing(self._dtype):
+            self._reference = run_through(self._stream, self._batches)
+
+    def scores(self, weights: Mapping[str, Tensor]) -> tuple[Score, ...]:
+        """Per text, and over all of them."""
+        overlay = {
+            layer: Override(weight=lambda w=weights[name]: w.float())  # type: ignore[misc]
+            for layer in self._stream.layers
+            if (name := f"{layer}.weight") in weights and self._stream.block_of(layer) is not None
+        }
+        with self._stream.computing(self._dtype):
+            candidate = run_through(self._stream, self._batches, overlay)
+            table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
+        found = paired(table, self._judged, self._batches)
+        by_text = [(name, found.source == number) for number, name in enumerate(TEXTS)]
+        return tuple(_score(name, found, mask) for name, mask in [*by_text, (EVERYTHING, found.source >= 0)])
+
+
+def _score(text: str, found: PairedScores, mask: Any) -> Score:
+    units = np.unique(found.unit[mask], return_inverse=True)[1]
+    loss = np.bincount(units, (found.loss - found.loss_reference)[mask])
+    tokens = np.bincount(units, found.tokens[mask])
+    bounds = ratio_bounds(loss, tokens, 1.0 - (1.0 - CONFIDENCE) / 2.0)
+    return Score(
+        text=text,
+        tokens=int(tokens.sum()),
+        perplexity_increase=float(np.expm1(loss.sum() / tokens.sum())),
+        lower=float(np.expm1(bounds.lower)),
+        upper=float(np.expm1(bounds.upper)),
+        kl_nats=float(found.kl[mask].sum() / tokens.sum()),
+    )
+
+
+def show(results: list[Result], console: Console) -> None:
+    """The table."""
+    table = Table("method", "s", "GB", *TEXTS, EVERYTHING, "KL", title="perplexity increase [95 %]")
+    for result in results:
+        cells = [f"{s.perplexity_increase:+.2%} [{s.lower:.2%}, {s.upper:.2%}]" for s in result.scores]
+        memory, kl = f"{result.peak_bytes / 1e9:.2f}", f"{result.scores[-1].kl_nats:.4f}"
+        table.add_row(result.method, f"{result.seconds:.0f}", memory, *cells, kl)
+    console.print(table)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A decoder: folder, GGUF file or name.")],
+    out: Annotated[Path, typer.Option(help="Where results and intermediate files go.")] = Path(".bench/quality"),
+    auto_round: Annotated[str, typer.Option(help="Interpreter of an environment with auto-round.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of each text to judge by.")] = 18_000,
+    only: Annotated[str, typer.Option(help="Run the methods whose name holds this.")] = "",
+    skip: Annotated[str, typer.Option(help="Leave out those whose name holds this.")] = "",
+) -> None:
+    """Runs the suite."""
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load(model)
+    judged = prepare(loaded, out, tokens)
+    known = methods({"auto-round": auto_round} if auto_round else {})
+    wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
+    folders = {method.name: run(method, out) for method in wanted}
+    bench = Bench(loaded, judged)
+    results = []
+    for name, folder in folders.items():
+        measured = json.loads((folder / MEASURED).read_text())
+        scores = bench.scores(load_file(folder / WEIGHTS))
+        results.append(
+            Result(method=name, seconds=measured["seconds"], peak_bytes=measured["peak_bytes"], scores=scores)
+        )
+        show(results, Console(width=220))
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    record = {"environment": machine, "results": [asdict(r) for r in results]}
+    (out / "quality.json").write_text(canonical_json(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+"""lowprec's rounding of one scheme for all layers: python worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES.
+
+SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated; PASSES of healing
+follow, 0 for none. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from exchange import Clock, calibration_rows, load_model, save_weights
+
+from lowprec.artifacts.folder import RunFolder
+from lowprec.formats import resolve, scheme_named
+from lowprec.steps.calibrate import Calibration
+from lowprec.steps.compensate import Compensation
+from lowprec.steps.graph import find_groups
+from lowprec.steps.heal import Healing
+from lowprec.steps.load import decoder_forward
+from lowprec.steps.outcome import Tokens
+from lowprec.steps.scratch import Scratch
+from lowprec.steps.solve import Rounder
+from lowprec.steps.stream import Stream
+from lowprec.steps.tokens import Batch
+
+ROWS = 4
+
+if __name__ == "__main__":
+    model_folder, calibration, out, scheme, solver, passes = sys.argv[1:]
+    model, _ = load_model(model_folder)
+    rows = calibration_rows(calibration)
+    lengths = torch.full((ROWS,), rows.shape[1])
+    batches = [Batch(ids=ids, lengths=lengths[: len(ids)], index=()) for ids in rows.split(ROWS)]
+    with tempfile.TemporaryDirectory() as place, Clock() as clock, RunFolder(Path(place)) as folder:
+        stream = Stream(model, decoder_forward, Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=()))
+        groups = [g for g in find_groups(stream)[0] if g.block is not None]
+        schemes = {g.name: resolve(scheme_named(scheme), g.k) for g in groups}
+        common = {
+            "stream": stream,
+            "groups": groups,
+            "schemes": schemes,
+            "batches": batches,
+            "outcome": Tokens(),
+            "calibration": Calibration(amax=(), batches=len(batches)),
+        }
+        compensation = Compensation(
+            **common, rounder=Rounder(stream, groups, folder, {}, solver), folder=folder, inputs={}, name="quality"
+        )
+        if solver == "rtn":
+            layers = [(layer, schemes[g.name].weight) for g in groups for layer in g.layers]
+            solved = {layer: compensation.rounder.rounded(layer, fmt) for layer, fmt in layers}
+        else:
+            solved = compensation.run(Scratch(Path(place) / "work", ""))
+        rounded = clock.elapsed
+        if int(passes):
+            solved = Healing(**common, passes=int(passes)).run(solved)
+    save_weights({f"{layer}.weight": w.dequantize() for layer, w in solved.items()}, out, clock, rounding=rounded)
