@@ -7,9 +7,9 @@ the run's folder:
 
     begin -> prepare -> score -> check, price -> choose -> export -> prove -> summarise
 
-The stages are made of algorithms that know no settings: split, graph, calibrate, sensitivity, cost, allocate, solve,
-verify, judge. Most of what they take, a `Prepared` has ready: its stream, groups, schemes, rounder and batches. A
-`Scratch` is a folder for hidden states; `Model.outcome` says how outputs are weighed.
+The stages are made of algorithms that know no settings: split, graph, calibrate, sensitivity, cost, allocate,
+Compensation, Healing, verify, judge. Most of what they take, a `Prepared` has ready: its stream, groups, schemes,
+rounder and batches. A `Scratch` is a folder for hidden states; `Model.outcome` says how outputs are weighed.
 
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """

@@ -63,7 +63,7 @@ def calibrate(
     metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
     effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
     heal: Annotated[
-        bool | None, typer.Option(help="Tune the scales of the chosen mix end to end; the effort decides otherwise.")
+        bool | None, typer.Option(help="Tune the scales of each measured mix end to end; left out, the effort decides.")
     ] = None,
     schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
     data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,

@@ -30,12 +30,11 @@ from exchange import MEASURED, WEIGHTS
 from texts import TEXTS, texts
 
 from lowprec.artifacts.folder import canonical_json
-from lowprec.steps.compensate import fast_dtype
 from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import Model, load
 from lowprec.steps.measure import compare, compare_tokens, paired, run_through
 from lowprec.steps.scores import PairedScores
-from lowprec.steps.stream import Override, Stream
+from lowprec.steps.stream import Override, Stream, fast_dtype
 from lowprec.steps.tokens import TokenSet
 
 HERE = Path(__file__).parent

@@ -26,24 +26,10 @@ from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, override
-from lowprec.steps.stream import Call, Overlay, Override, Stream
+from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
 
 Kept = dict[str, dict[int, Tensor]]
 """Group -> number of the batch -> the group's input there."""
-
-
-def fast_dtype(stream: Stream) -> torch.dtype:
-    """bfloat16 where it is multiplied faster than float32, by the processor's own word.
-
-    A model without a cut is given the batches themselves, whose dtype is the user's: it stays with float32.
-    """
-    if stream.whole:
-        return torch.float32
-    if stream.device.type != "cpu":
-        return torch.bfloat16
-    # Without these instructions bfloat16 is emulated, several times slower than float32.
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in probes) else torch.float32
 
 
 class _Paired(Gather):

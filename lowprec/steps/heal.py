@@ -13,11 +13,11 @@ The model is materialised block by block, forwards and then backwards with each 
 that memory is the codes, two blocks and a step's hidden states. Like all statistics it is computed in `fast_dtype`.
 The amount of work is fixed in tokens, not in seconds: the same run gives the same scales on a slower machine.
 
-Tried on SmolLM2-135M (uniform INT4 g64, 32 k tokens, compensated rounding), mean KL in nats on four unlike texts and
-perplexity: not healed 0.103, +7.4 %; one pass at rates 1e-3, 2e-3, 4e-3 0.102, 0.100, 0.100 and +6.5, +5.5, +5.5 %; two
-passes at 4e-3 0.100, +5.5 %. Left out because it did not pay: the norms' weights as parameters (0.103 at 1e-3), and
-the codes through straight-through estimation (sixteen steps of Adam or of signs: 0.4 nats and worse; it takes more
-steps than there is text).
+Tried in a prototype (`bench/README.md` has what is built) on SmolLM2-135M, uniform INT4 g64, 32 k tokens, compensated
+with token-weighted Hessians; KL in nats and perplexity over 5 k tokens each of four unlike texts: not healed 0.103,
++7.4 %; one pass at rates 1e-3, 2e-3, 4e-3 0.102, 0.100, 0.100 and +6.5, +5.5, +5.5 %; two passes at 4e-3 0.100, +5.5 %.
+Left out because it did not pay: the norms' weights as parameters (0.103 at 1e-3), and the codes by straight-through
+estimation (sixteen steps of Adam or of signs: 0.4 nats and worse; it takes more steps than there is text).
 """
 
 import contextlib
@@ -34,12 +34,11 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.base import as_bfloat16
 from lowprec.records import Group, Scheme
 from lowprec.steps.calibrate import Calibration, Progress
-from lowprec.steps.compensate import fast_dtype
 from lowprec.steps.linear import stored_weight
 from lowprec.steps.measure import Run, run_through
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.solve import override
-from lowprec.steps.stream import Call, Overlay, Stream
+from lowprec.steps.stream import Call, Overlay, Stream, fast_dtype
 from lowprec.steps.tokens import rows_of_batch
 
 RATE = 3e-3

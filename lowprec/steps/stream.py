@@ -287,6 +287,20 @@ class Stream:
             return self.forward(self.module, batch)
 
 
+def fast_dtype(stream: Stream) -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, by the processor's own word.
+
+    A model without a cut is given the batches themselves, whose dtype is the user's: it stays with float32.
+    """
+    if stream.whole:
+        return torch.float32
+    if stream.device.type != "cpu":
+        return torch.bfloat16
+    # Without these instructions bfloat16 is emulated, several times slower than float32.
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in probes) else torch.float32
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on `device`: a tensor, a mapping, or a dataclass that holds tensors."""
     if isinstance(batch, Tensor):
@@ -320,4 +334,4 @@ def _rounds_input(override: Override) -> Callable[[nn.Module, tuple[Any, ...]], 
     return hook
 
 
-__all__ = ["NOTHING", "Call", "Forward", "Overlay", "Override", "Stream"]
+__all__ = ["NOTHING", "Call", "Forward", "Overlay", "Override", "Stream", "fast_dtype"]
