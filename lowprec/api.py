@@ -52,6 +52,7 @@ def optimize(
     workload: Workload | None = None,
     effort: Effort | str = "balanced",
     heal: bool | None = None,
+    shared_tables: bool | None = None,
     schemes: Sequence[str] = ("fp8", "int8", "int4"),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -70,6 +71,8 @@ def optimize(
         device: "cpu", "cuda", or a device to plan for by its published figures ("h100", "mi300x", ...).
         effort: "fast", "balanced" or "best".
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
+        shared_tables: whether an embedding takes the codes of the head that it is tied to, in lowprec's own form;
+            None: when bytes are the objective.
         schemes: families or names of schemes that may be chosen; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -95,6 +98,7 @@ def optimize(
         workload=workload or Workload(),
         effort=effort if isinstance(effort, Effort) else effort_named(effort),
         heal=heal,
+        shared_tables=shared_tables,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,

@@ -65,6 +65,13 @@ def calibrate(
     heal: Annotated[
         bool | None, typer.Option(help="Tune the scales of each measured mix end to end; left out, the effort decides.")
     ] = None,
+    shared_tables: Annotated[
+        bool | None,
+        typer.Option(
+            help="Give a tied embedding the codes of its head; the artefact is then in lowprec's own form. "
+            "Left out: when bytes are the objective."
+        ),
+    ] = None,
     schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
     data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
     batch: Annotated[int, typer.Option(help="Workload: sequences at a time.")] = 1,
@@ -99,6 +106,7 @@ def calibrate(
             workload=workload,
             effort=effort,
             heal=heal,
+            shared_tables=shared_tables,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             data=data or (),
             dollars_per_hour=dollars_per_hour,

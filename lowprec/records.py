@@ -43,6 +43,7 @@ class Group:
     """Layers that a runtime fuses and that share one scheme, for example q, k and v of one block.
 
     `n` is the sum of the layers' output widths, `k` their common input width; `block` is None outside the blocks.
+    `tables` are the embeddings that a head shares its weight with and that are therefore stored with it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Group:
     n: int
     k: int
     parameters: int
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

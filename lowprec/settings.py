@@ -96,6 +96,8 @@ class Settings:
         dollars_per_hour: price of that device, None for its list price.
         calibration_device: where calibration computes.
         heal: whether mixes are healed; None leaves it to the effort.
+        shared_tables: whether an embedding takes the codes of the head that it is tied to; None: when bytes are the
+            objective. Such an artefact is in lowprec's own form, as no other holds one table for both.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -111,6 +113,7 @@ class Settings:
     dollars_per_hour: float | None = None
     calibration_device: str = "cpu"
     heal: bool | None = None
+    shared_tables: bool | None = None
     seed: int = 0
     workers: int = 2
 
@@ -126,6 +129,11 @@ class Settings:
             raise ConfigError(f"{self.workers} workers: give 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed}: give 0 or more")
+
+    @property
+    def shares_tables(self) -> bool:
+        """Whether tied embeddings are quantised with their heads."""
+        return self.objective == "bytes" if self.shared_tables is None else self.shared_tables
 
     @property
     def healing_passes(self) -> int:

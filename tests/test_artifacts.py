@@ -30,11 +30,11 @@ from lowprec.artifacts.source import (
     finite_tensors,
 )
 from lowprec.errors import ArtifactError, LowprecError, ModelError, UnsupportedError
-from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, for_tables
 from lowprec.records import Budget, PrecisionPlan, Scheme, Workload
 from lowprec.results import CostResult, LossResult, SchemeShare, SourceLoss
 
-STORED = sorted(name for name, s in SCHEMES.items() if s.weight not in (None, "int4"))
+STORED = sorted(name for name, s in SCHEMES.items() if s.weight in WEIGHT_FORMATS and not for_tables(s))
 INPUT_SCALE = 0.03125
 Q, K, V, O = (f"model.layers.0.self_attn.{x}_proj" for x in "qkvo")  # noqa: E741
 GATE, UP, DOWN = (f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down"))
@@ -314,6 +314,7 @@ def violations() -> dict[str, tuple[dict[str, Any], str]]:
             {**int8, "schemes": {"model.embed_tokens": SCHEMES["w8a16"]}, "solved": {}},
             "Embedding is not nn.Linear",
         ),
+        "rows of two widths": ({**int8, "schemes": {DOWN: SCHEMES["w4a16-g64-rows25"]}}, "one width for a tensor"),
         "an unresolved scheme": ({**int8, "schemes": {DOWN: SCHEMES["w4a16"]}}, "no group size yet"),
     }
 

@@ -21,6 +21,7 @@ from lowprec.formats import (
     schemes_of_family,
 )
 from lowprec.formats.base import as_bfloat16
+from lowprec.formats.rows import MixedRows
 
 WEIGHTS = list(WEIGHT_FORMATS)
 ACTIVATIONS = list(ACTIVATION_FORMATS)
@@ -152,7 +153,10 @@ def test_bytes_and_fit(name: str) -> None:
     assert 0 < fmt.tolerance < 0.1
     assert fmt.fits(K) is None
     groups = K // fmt.group_size if fmt.group_size else 1
-    assert fmt.bytes_per_row(K) == K * fmt.bits / 8 + 2 * groups
+    share = fmt.share if isinstance(fmt, MixedRows) else 0.0
+    mark = 1 / 8 if isinstance(fmt, MixedRows) else 0.0
+    coarse, fine = K * fmt.bits / 8 + 2 * groups, K + 2
+    assert fmt.bytes_per_row(K) == pytest.approx(share * fine + (1 - share) * coarse + mark)
     if fmt.group_size:
         reason = fmt.fits(fmt.group_size + 1)
         assert reason is not None
@@ -213,7 +217,7 @@ def test_scheme_names_registered_formats(name: str) -> None:
     scheme = scheme_named(name)
     assert scheme.name == name
     assert scheme.activation is None or scheme.activation in ACTIVATION_FORMATS
-    assert scheme.weight in (None, "int4") or scheme.weight in WEIGHT_FORMATS
+    assert scheme.weight is None or scheme.weight in WEIGHT_FORMATS or "-g" not in name
     settled = resolve(scheme, 1024)
     assert settled.weight is None or settled.weight in WEIGHT_FORMATS
     assert settled.activation == scheme.activation
@@ -240,7 +244,8 @@ def test_families() -> None:
     assert names["bf16"] == ["bf16"]
     assert names["fp8"] == ["w8a8-fp8"]
     assert sorted(names["int8"]) == ["w8a16", "w8a8-int8"]
-    assert sorted(names["int4"]) == ["w4a16", "w4a8-fp8", "w4a8-int8"]
+    rows = [f"w4a16-rows{percent}" for percent in (12, 25, 50, 6)]
+    assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-fp8", "w4a8-int8"]
     assert {s.family for s in SCHEMES.values()} == set(names)
 
 

@@ -18,7 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.rows import FINE, MixedRows
 from lowprec.settings import Effort
+from lowprec.solvers import SOLVERS
 
 WORDS = 300
 COMMON: dict[str, Any] = {"vocab_size": WORDS, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
@@ -94,6 +97,15 @@ def folder(path: Path, name: str = "llama") -> Path:
     decoder(name).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
+
+
+def rounded(weight: torch.Tensor, fmt: str) -> QuantizedWeight:
+    """[N, K] to nearest; the last rows of one of two widths are the fine ones."""
+    found = WEIGHT_FORMATS[fmt]
+    if isinstance(found, MixedRows):
+        importance = torch.arange(len(weight), dtype=torch.float32)
+        return found.mixed(rounded(weight, FINE), rounded(weight, found.coarse), importance)
+    return SOLVERS["rtn"].solve(weight.float(), found, None)
 
 
 def batch(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:

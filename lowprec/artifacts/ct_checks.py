@@ -138,14 +138,7 @@ def weight_reason(shape: tuple[int, int], scheme: Scheme, weight: QuantizedWeigh
         return "has scales that are not positive and finite"
     if not torch.equal(as_bfloat16(scale), scale.to(torch.float32)):
         return "has scales that bfloat16 cannot hold, so what is loaded would not be what was scored"
-    if codes.dtype == torch.int8:
-        # The extreme code of eight bits stays unused, so that both signs clip alike.
-        low, high = (-127, 127) if form.bits == 8 else (-(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1)
-        if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
-            return f"has codes outside [{low}, {high}]"
-    elif bool(torch.isnan(codes.to(torch.float32)).any()):
-        return "has codes that are NaN"
-    return None
+    return form.refuses(weight)
 
 
 def scale_reason(scheme: Scheme, scale: float | None) -> str | None:

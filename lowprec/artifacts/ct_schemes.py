@@ -20,6 +20,7 @@ from typing import Any, Final
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS
+from lowprec.formats.schemes import for_tables
 from lowprec.records import Scheme
 
 MIXED: Final = "mixed-precision"
@@ -92,7 +93,9 @@ def unsupported(module: Any, scheme: Scheme) -> str | None:
         )
     if name not in CONVERTED_CLASSES:
         return f"{name} is not nn.Linear, and a loader of compressed-tensors would leave it with random weights"
-    if scheme.weight == "int4":
+    if for_tables(scheme):
+        return f"{scheme.name} has rows of two widths, and compressed-tensors knows one width for a tensor"
+    if scheme.weight not in WEIGHT_FORMATS:
         return f"{scheme.name} has no group size yet: resolve it for the layer's K first"
     return None
 

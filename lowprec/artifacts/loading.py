@@ -236,7 +236,8 @@ def _load_own(path: Path, dtype: torch.dtype) -> Any:
             "lowprec.apply_artefact(module, path)",
         )
     _config_of(path)
-    model = _built(path, dtype, kept_tensors(path, manifest), frozenset(f"{layer}.weight" for layer in solved))
+    absent = frozenset(f"{name}.weight" for layer in manifest.layers for name in layer.names)
+    model = _built(path, dtype, kept_tensors(path, manifest), absent)
     return put_into(model, manifest, solved)
 
 
@@ -327,10 +328,14 @@ def put_into(
         }
         schemes = {layer.name: layer.scheme for layer in manifest.layers}
         table = KernelTable(device=like.device.type, dtype=like.dtype)
-        convert_(module, placed, schemes, kernels=table, activation_scales=scales)
+        tables = {layer.name: layer.tables for layer in manifest.layers}
+        convert_(module, placed, schemes, kernels=table, activation_scales=scales, tables=tables)
     else:
         for layer in manifest.layers:
             _make_dense(layers[layer.name], solved[layer.name], layer.scheme.activation, scales.get(layer.name))
+            for name in layer.tables:
+                embedding: Any = module.get_submodule(name)
+                embedding.weight = layers[layer.name].weight
     setattr(module, MARK, manifest.key)
     return module
 

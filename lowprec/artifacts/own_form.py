@@ -6,6 +6,9 @@ Layout of the folder:
     lowprec.safetensors    <layer>.codes   [N, K] int8 or float8_e4m3fn; of 4 bits [N, K/8] int32, see
                                            `lowprec_kernels.packing`
                            <layer>.scale   [N, K/G] bfloat16
+                           of rows of two widths (`lowprec.formats.rows`): <layer>.rows [N/8] uint8, a bit a row, the
+                           lowest first, set where it is INT8; <layer>.fine.codes, .fine.scale, .coarse.codes,
+                           .coarse.scale as above, the rows of each kind in their order
     README.md, digests.json, probe.safetensors (by `finish`)
 
 In the form "lowprec" a transformers model is whole: config.json, tokenizer files, and in the same safetensors file all
@@ -18,11 +21,13 @@ Left out: shards, remote code (a model that brings its own is stored as layers),
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -45,8 +50,9 @@ from lowprec.artifacts.safetensors_io import (
     write_safetensors,
 )
 from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
-from lowprec.formats import SCHEMES, WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import SCHEMES, WEIGHT_FORMATS, QuantizedWeight, WeightFormat
 from lowprec.formats.base import SCALE_DTYPE
+from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import SCHEMA_VERSION, ArtefactForm, Scheme, digest, from_json, to_json
 from lowprec.registry import closest
 from lowprec.runtime.convert import linear_layers, weight_of
@@ -59,25 +65,40 @@ BOUND = "lowprec_artefact"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLayer:
-    """One quantised layer: its shape [n, k], and the input scale where the scheme's activations are static."""
+    """One quantised layer: its shape [n, k], and the input scale where the scheme's activations are static.
+
+    `tables` are the embeddings that have the same weight.
+    """
 
     name: str
     scheme: Scheme
     n: int
     k: int
     input_scale: float | None
+    tables: tuple[str, ...] = ()
 
     @property
-    def packed(self) -> bool:
-        """Whether eight codes share a word."""
-        return self.scheme.weight is not None and WEIGHT_FORMATS[self.scheme.weight].bits == 4
+    def names(self) -> tuple[str, ...]:
+        """The modules whose weight this is."""
+        return (self.name, *self.tables)
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of its two tensors."""
+        """Name -> (dtype, shape) of its tensors."""
         fmt = WEIGHT_FORMATS[str(self.scheme.weight)]
-        codes = (torch.int32, (self.n, self.k // CODES_PER_WORD)) if self.packed else (fmt.code_dtype, (self.n, self.k))
-        groups = self.k // (fmt.group_size or self.k)
-        return {f"{self.name}.codes": codes, f"{self.name}.scale": (SCALE_DTYPE, (self.n, groups))}
+        if not isinstance(fmt, MixedRows):
+            return _pair(self.name, fmt, self.n, self.k)
+        fine = fmt.fine_rows(self.n)
+        return {
+            f"{self.name}.rows": (torch.uint8, (math.ceil(self.n / 8),)),
+            **_pair(f"{self.name}.fine", WEIGHT_FORMATS[FINE], fine, self.k),
+            **_pair(f"{self.name}.coarse", WEIGHT_FORMATS[fmt.coarse], self.n - fine, self.k),
+        }
+
+
+def _pair(name: str, fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Codes and scales of [n, k] weights; of 4 bits eight codes share a word."""
+    codes = (torch.int32, (n, k // CODES_PER_WORD)) if fmt.bits == 4 else (fmt.code_dtype, (n, k))
+    return {f"{name}.codes": codes, f"{name}.scale": (SCALE_DTYPE, (n, k // (fmt.group_size or k)))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +135,7 @@ def write_own_form(
     solved: Mapping[str, QuantizedWeight],
     schemes: Mapping[str, Scheme],
     input_scales: Mapping[str, float] | None = None,
+    tables: Mapping[str, tuple[str, ...]] | None = None,
     tokenizer: Any = None,
     generation_config: Any = None,
     finish: Callable[[Path], None] | None = None,
@@ -127,6 +149,7 @@ def write_own_form(
         solved: layer -> its quantised weight [N, K], for every layer whose scheme quantises weights.
         schemes: layer -> scheme; layers that are left out stay as they are.
         input_scales: layer -> scale of its input, a bfloat16 value; for static schemes.
+        tables: layer -> the embeddings that are tied to it and take its codes.
         tokenizer, generation_config: saved along with a whole model.
         finish: called with the folder before it is put in place, to add probe set, card and digests.
 
@@ -138,13 +161,15 @@ def write_own_form(
         UnsupportedError: layers or codes that cannot be stored, one reason each.
         ArtifactError: disk full, folder not writable, or `path` holds something that is no artefact.
     """
-    path, scales = Path(path), dict(input_scales or {})
+    path, scales, shared = Path(path), dict(input_scales or {}), dict(tables or {})
     layers = tuple(
-        StoredLayer(name=layer, scheme=scheme, n=n, k=k, input_scale=scales.get(layer))
+        StoredLayer(
+            name=layer, scheme=scheme, n=n, k=k, input_scale=scales.get(layer), tables=tuple(shared.get(layer, ()))
+        )
         for layer, scheme, (n, k) in _checked(module, solved, schemes, scales)
     )
     config = _config_of(module)
-    kept, untied = _kept(module, solved, whole=config is not None)
+    kept, untied = _kept(module, [name for layer in layers for name in layer.names], whole=config is not None)
     form: ArtefactForm = "lowprec-layers" if config is None else "lowprec"
     manifest = Manifest(form=form, model=name, revision=revision, module=type(module).__name__, layers=layers)
     codes = [entry for layer in layers for entry in _entries(layer, solved[layer.name])]
@@ -211,7 +236,7 @@ def _config_of(module: nn.Module) -> Any:
     return config
 
 
-def _kept(module: nn.Module, quantised: Mapping[str, Any], whole: bool) -> tuple[dict[str, Tensor], bool]:
+def _kept(module: nn.Module, quantised: Iterable[str], whole: bool) -> tuple[dict[str, Tensor], bool]:
     """What stays of the model, tied tensors once, and whether a quantised weight parts from a tensor that stays."""
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     if whole:
@@ -225,14 +250,31 @@ def _kept(module: nn.Module, quantised: Mapping[str, Any], whole: bool) -> tuple
 
 
 def _entries(layer: StoredLayer, weight: QuantizedWeight) -> list[TensorEntry]:
-    produced: tuple[Callable[[], Tensor], ...] = (
-        lambda: pack_int4(weight.codes) if layer.packed else weight.codes,
-        lambda: weight.scale.to(SCALE_DTYPE),
-    )
+    fmt = WEIGHT_FORMATS[weight.format]
+    if isinstance(fmt, MixedRows):
+        rows, fine, coarse = fmt.split(weight)
+        produced = [lambda: _bits(rows), *_producers(fine), *_producers(coarse)]
+    else:
+        produced = _producers(weight)
     return [
         TensorEntry(name=name, dtype=dtype, shape=shape, produce=produce)
         for (name, (dtype, shape)), produce in zip(layer.expected().items(), produced, strict=True)
     ]
+
+
+def _producers(weight: QuantizedWeight) -> list[Callable[[], Tensor]]:
+    packed = WEIGHT_FORMATS[weight.format].bits == 4
+    return [lambda: pack_int4(weight.codes) if packed else weight.codes, lambda: weight.scale.to(SCALE_DTYPE)]
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """[N] bool -> [ceil(N / 8)] uint8, the first row in the lowest bit."""
+    return torch.from_numpy(np.packbits(rows.numpy(), bitorder="little"))
+
+
+def _rows(bits: Tensor, n: int) -> Tensor:
+    """The inverse of `_bits`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=n, bitorder="little").astype(bool))
 
 
 # Reading
@@ -270,12 +312,7 @@ def read_own_form(path: Path) -> tuple[Manifest, dict[str, QuantizedWeight]]:
         for name, kind in expected.items():
             if header.tensors.get(name) != kind:
                 raise ArtifactError(file, f"has no tensor {name} in {kind[0]} {list(kind[1])}; copy the artefact again")
-        codes, scale = load_tensors(file, expected)[0].values()
-        weight = QuantizedWeight(
-            format=str(layer.scheme.weight),
-            codes=unpack_int4(codes) if layer.packed else codes,
-            scale=scale.to(torch.float32),
-        )
+        weight = _weight(layer, load_tensors(file, expected)[0], file)
         reason = weight_reason((layer.n, layer.k), layer.scheme, weight) or scale_reason(
             layer.scheme, layer.input_scale
         )
@@ -283,6 +320,24 @@ def read_own_form(path: Path) -> tuple[Manifest, dict[str, QuantizedWeight]]:
             raise ArtifactError(file, f"is damaged: {layer.name} {reason}; copy the artefact again")
         solved[layer.name] = weight
     return manifest, solved
+
+
+def _weight(layer: StoredLayer, tensors: Mapping[str, Tensor], file: Path) -> QuantizedWeight:
+    name = str(layer.scheme.weight)
+    fmt = WEIGHT_FORMATS[name]
+    if not isinstance(fmt, MixedRows):
+        return _one(layer.name, name, tensors)
+    rows = _rows(tensors[f"{layer.name}.rows"], layer.n)
+    if int(rows.sum()) != fmt.fine_rows(layer.n):
+        raise ArtifactError(file, f"is damaged: {layer.name} has {int(rows.sum())} INT8 rows; copy the artefact again")
+    fine, coarse = (_one(f"{layer.name}.{kind}", f, tensors) for kind, f in (("fine", FINE), ("coarse", fmt.coarse)))
+    return fmt.joined(rows, fine, coarse)
+
+
+def _one(prefix: str, fmt: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    codes, scale = tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"]
+    packed = WEIGHT_FORMATS[fmt].bits == 4
+    return QuantizedWeight(format=fmt, codes=unpack_int4(codes) if packed else codes, scale=scale.to(torch.float32))
 
 
 def kept_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:

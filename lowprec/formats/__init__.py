@@ -7,7 +7,7 @@ from lowprec.formats.base import (
     QuantizedWeight,
     WeightFormat,
 )
-from lowprec.formats.schemes import SCHEMES, resolve, scheme_named, schemes_named, schemes_of_family
+from lowprec.formats.schemes import SCHEMES, for_tables, resolve, scheme_named, schemes_named, schemes_of_family
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -16,6 +16,7 @@ __all__ = [
     "ActivationFormat",
     "QuantizedWeight",
     "WeightFormat",
+    "for_tables",
     "resolve",
     "scheme_named",
     "schemes_named",

@@ -84,6 +84,9 @@ class WeightFormat(Protocol):
     def bytes_per_row(self, k: int) -> float:
         """Stored bytes of a row of `k` weights, scales included."""
 
+    def refuses(self, weight: QuantizedWeight) -> str | None:
+        """Why codes and scales, of the right dtypes and shapes, are none of this format; None if they are."""
+
 
 @runtime_checkable
 class ActivationFormat(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ConfigError
-from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS, as_bfloat16
+from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS, QuantizedWeight, as_bfloat16
 from lowprec.formats.integer import TINY, token_scale
 
 LARGEST = 448.0
@@ -51,6 +51,10 @@ class Fp8Weight:
     def bytes_per_row(self, k: int) -> float:
         """Codes plus one bfloat16 scale."""
         return k + 2.0
+
+    def refuses(self, weight: QuantizedWeight) -> str | None:
+        """Why codes and scales are none of this format, None if they are."""
+        return "has codes that are NaN" if bool(torch.isnan(weight.codes.to(torch.float32)).any()) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowprec.formats.base import as_bfloat16
+from lowprec.formats.base import QuantizedWeight, as_bfloat16
 
 SEARCH_SHRINK = tuple(1.0 - 0.025 * i for i in range(21))
 # Least scale, for slabs of zeros: a power of two, so that it is a bfloat16 value as every scale is.
@@ -75,6 +75,13 @@ class SymmetricInteger:
     def bytes_per_row(self, k: int) -> float:
         """Codes plus bfloat16 scales."""
         return k * self.bits / 8 + 2 * (k // self.group_size if self.group_size else 1)
+
+    def refuses(self, weight: QuantizedWeight) -> str | None:
+        """Why codes and scales are none of this format, None if they are."""
+        codes = weight.codes
+        if codes.numel() and (int(codes.min()) < self.qmin or int(codes.max()) > self.qmax):
+            return f"has codes outside [{self.qmin}, {self.qmax}]"
+        return None
 
 
 def token_scale(x: Tensor, largest: float) -> Tensor:

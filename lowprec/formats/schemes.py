@@ -1,7 +1,8 @@
 """Schemes: which weight format meets which activation format, under the field's names.
 
 A scheme changes the numbers; two kernels that compute the same numbers are forms of one scheme.
-`w4a16` and `w4a8-*` without a group size mean: the largest of 128, 64, 32 that divides K.
+`w4a16` and `w4a8-*` without a group size mean: the largest of 128, 64, 32 that divides K. `w4a16-rows25` is for tables
+of a vocabulary alone: INT4 with the 25 % of rows that matter most in INT8 (`lowprec.formats.rows`).
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from lowprec.records import Scheme
 from lowprec.registry import closest
 
 GROUP_SIZES = (128, 64, 32)
+ROW_PERCENTS = (6, 12, 25, 50)
+ROWS = "-rows"
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -29,6 +32,10 @@ def _schemes() -> dict[str, Scheme]:
             Scheme(name=f"{prefix}-g{g}", family="int4", weight=f"int4-g{g}", activation=activation)
             for g in GROUP_SIZES
         ]
+    for percent in ROW_PERCENTS:
+        for size in ("", *(f"-g{g}" for g in GROUP_SIZES)):
+            rows = f"{size}{ROWS}{percent}"
+            found.append(Scheme(name=f"w4a16{rows}", family="int4", weight=f"int4{rows}", activation=None))
     return {scheme.name: scheme for scheme in found}
 
 
@@ -48,6 +55,11 @@ def schemes_of_family(family: str) -> list[Scheme]:
     if family not in families:
         raise ConfigError(f"unknown scheme family {family!r}: {closest(family, families)}")
     return [s for s in SCHEMES.values() if s.family == family and not s.name.endswith("-static") and "-g" not in s.name]
+
+
+def for_tables(scheme: Scheme) -> bool:
+    """Whether the scheme is for tables of a vocabulary alone."""
+    return ROWS in scheme.name
 
 
 def schemes_named(names: Iterable[str]) -> list[Scheme]:
@@ -76,14 +88,15 @@ def resolve(scheme: Scheme, k: int) -> Scheme:
     """
     if scheme.weight is None:
         return scheme
-    if scheme.weight != "int4":
+    if scheme.weight in WEIGHT_FORMATS:
         reason = WEIGHT_FORMATS[scheme.weight].fits(k)
         if reason:
             raise UnsupportedError(f"scheme {scheme.name} does not fit K = {k}", (reason,))
         return scheme
     for size in GROUP_SIZES:
         if k % size == 0:
-            return scheme_named(f"{scheme.name}-g{size}")
+            prefix, rows, percent = scheme.name.partition(ROWS)
+            return scheme_named(f"{prefix}-g{size}{rows}{percent}")
     raise UnsupportedError(
         f"scheme {scheme.name} does not fit K = {k}", (f"none of the group sizes {GROUP_SIZES} divides {k}",)
     )

@@ -105,12 +105,15 @@ def export(chosen: Chosen) -> Loaded:
             notes=written.runtime_notes,
         )
         stream = _load(chosen, artefact)
-        return Loaded(artefact=artefact, stream=stream, overlay=_held_as_codes(stream, artefact.solved))
+        overlay = _held_as_codes(stream, artefact.solved, tables_of(chosen))
+        return Loaded(artefact=artefact, stream=stream, overlay=overlay)
 
 
 def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
     """What a compressed-tensors checkpoint needs beyond codes and scales."""
     model = chosen.prepared.context.model
+    if table := next((table for layer in chosen.solved for table in tables_of(chosen).get(layer, ())), None):
+        raise UnsupportedError(f"{table} has the codes of the head that it is tied to, which no checkpoint holds once")
     if model.config is None or not getattr(model.config, "architectures", None):
         raise UnsupportedError(f"{model.name} has no transformers configuration with an architecture")
     return {
@@ -129,7 +132,9 @@ def _own_form(chosen: Chosen, path: Path, error: UnsupportedError, parts: Mappin
         more = f" (and {len(error.reasons) - 1} more)" if len(error.reasons) > 1 else ""
         reason += f": {error.reasons[0]}{more}"
     context.progress.note(f"the artefact is in lowprec's own form: {reason}")
-    written = write_own_form(path, module=model.module, name=model.name, revision=model.revision, **parts)
+    written = write_own_form(
+        path, module=model.module, name=model.name, revision=model.revision, tables=tables_of(chosen), **parts
+    )
     return dataclasses.replace(written, runtime_notes=(f"no compressed-tensors checkpoint: {reason}",))
 
 
@@ -157,17 +162,27 @@ def _load(chosen: Chosen, artefact: Artefact) -> Stream:
     return stream
 
 
-def _held_as_codes(stream: Stream, solved: Mapping[str, QuantizedWeight]) -> Overlay:
+def tables_of(chosen: Chosen) -> dict[str, tuple[str, ...]]:
+    """Layer -> the embeddings that share its codes."""
+    return {layer: g.tables for g in chosen.prepared.groups if g.tables for layer in g.layers}
+
+
+def _held_as_codes(
+    stream: Stream, solved: Mapping[str, QuantizedWeight], tables: Mapping[str, Sequence[str]]
+) -> Overlay:
     """Drops each dense weight that is exactly what its codes say, and has the codes make it again when it is needed.
 
     A dense weight takes four bytes where its code takes one. One that differs stays, so that it is what is judged.
     """
     overlay: dict[str, Override] = {}
     for layer, weight in solved.items():
-        module = stream.layers[layer]
-        if torch.equal(weight_of(module).float(), weight.dequantize()):
-            overlay[layer] = Override(weight=weight.dequantize)
-            module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
+        # One maker, so that a head and its table are made once.
+        make = weight.dequantize
+        shared = [(name, stream.tables[name]) for name in tables.get(layer, ())]
+        for name, module in [(layer, stream.layers[layer]), *shared]:
+            if torch.equal(weight_of(module).float(), make()):
+                overlay[name] = Override(weight=make)
+                module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
     give_back_memory()
     return overlay
 

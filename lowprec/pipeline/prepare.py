@@ -1,7 +1,8 @@
 """Stage 1: splits the text, cuts the model into blocks, finds the groups, strikes out what the target cannot run."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from lowprec.results import StruckOut, Unquantised
 from lowprec.settings import Effort
 from lowprec.steps.cost import candidates
 from lowprec.steps.data import Splits, SplitSizes, split
+from lowprec.steps.frequency import token_frequency
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import output_width
 from lowprec.steps.measure import compare, run_through
@@ -102,7 +104,7 @@ def prepare(context: Context) -> Prepared:
         splits = _split(context)
     with context.progress.step("graph"):
         stream = Stream(model.module, model.forward, example(splits), device=settings.calibration_device)
-        groups, unquantised = find_groups(stream)
+        groups, unquantised = find_groups(stream, settings.shares_tables)
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
         widths = {g.name: tuple(output_width(stream.layers[layer]) for layer in g.layers) for g in groups}
@@ -125,10 +127,28 @@ def prepare(context: Context) -> Prepared:
         probed=probed,
         tuning=batched(tuning),
         held_out=held_out,
-        rounder=Rounder(stream, groups, context.folder, inputs, settings.effort.solver, settings.workers),
+        rounder=Rounder(
+            stream,
+            groups,
+            context.folder,
+            inputs,
+            settings.effort.solver,
+            settings.workers,
+            {g.name: _frequency(context, stream, g, gathered.data) for g in groups if g.tables},
+        ),
         inputs=inputs,
         metric_key=metric_key,
     )
+
+
+def _frequency(context: Context, stream: Stream, group: Group, data: TokenSet) -> Callable[[], torch.Tensor]:
+    """Makes the importance of the rows of a group's table, once, when it is first asked for."""
+
+    @functools.cache
+    def made() -> torch.Tensor:
+        return token_frequency(stream, group.n, data)
+
+    return made
 
 
 def _require_sight(context: Context, stream: Stream, tuning: Batched, inputs: Mapping[str, str]) -> None:
@@ -178,11 +198,12 @@ def _halves(whole: TokenSet, effort: Effort) -> tuple[Batched, Batched]:
 def _inputs(context: Context, splits: Splits, allowed: Mapping[str, tuple[Scheme, ...]]) -> dict[str, str]:
     settings = context.settings
     schemes = {group: [s.name for s in found] for group, found in quantising(allowed).items()}
+    shared = " shared" if settings.shares_tables else ""
     effort = settings.effort
     return {
         "model": context.model.revision,
         "data": splits.calibration.digest,
-        "schemes": digest(json.dumps(schemes, sort_keys=True)),
+        "schemes": digest(json.dumps(schemes, sort_keys=True) + shared),
         "output": _output_digest(context, splits),
         # The text says how much of it there is; what only later stages use does not make calibration anew.
         "effort": digest(effort.solver, str(effort.calibration_tokens), str(effort.sensitivity_tokens)),

@@ -47,7 +47,8 @@ def price(prepared: Prepared) -> Priced:
 
 
 def tied_groups(prepared: Prepared) -> list[str]:
-    """Groups whose weight is the embedding's own parameter."""
+    """Groups whose weight is the parameter of an embedding that is not in the group."""
     embeddings = {id(m.weight) for m in prepared.context.model.module.modules() if isinstance(m, nn.Embedding)}
     layers = prepared.stream.layers
-    return [g.name for g in prepared.groups if any(id(layers[x].weight) in embeddings for x in g.layers)]
+    groups = [g for g in prepared.groups if not g.tables]
+    return [g.name for g in groups if any(id(layers[x].weight) in embeddings for x in g.layers)]

@@ -30,11 +30,13 @@ def converted(
     chosen: Chosen, solved: Mapping[str, QuantizedWeight], schemes: Mapping[str, Scheme]
 ) -> Iterator[nn.Module]:
     module = chosen.prepared.context.model.module
-    originals = {layer: module.get_submodule(layer) for layer in schemes}
+    tables = {layer: g.tables for g in chosen.prepared.groups for layer in g.layers if layer in solved}
+    named = [*schemes, *(table for found in tables.values() for table in found)]
+    originals = {name: module.get_submodule(name) for name in named}
     scales = {layer: scale for layer, scale in input_scales(chosen).items() if layer in solved}
     kernels = KernelTable(chosen.priced.samples)
     try:
-        yield convert_(module, solved, schemes, kernels=kernels, activation_scales=scales)
+        yield convert_(module, solved, schemes, kernels=kernels, activation_scales=scales, tables=tables)
     finally:
         for layer, original in originals.items():
             parent, _, child = layer.rpartition(".")

@@ -3,7 +3,7 @@
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), chosen to stay apart in every common form of
 colour blindness; group sizes of one scheme differ in lightness, which everyone sees. Blues are INT8, green is FP8,
 reds and yellows are INT4, and bf16 is a quiet grey, since it is what was left alone. Colour is never the only carrier:
-cells have a label, static activation scales a hatch, and every mark its name in text.
+cells have a label, static activation scales and tables with rows in INT8 a hatch, and every mark its name in text.
 
 Left out: a colour for every scheme that may ever exist. One without an entry here is drawn in a spare colour.
 """
@@ -25,7 +25,8 @@ class Look:
     hatched: bool = False
 
 
-# Names without the group size or "-static"; a group size only changes the lightness.
+ROWS = "-rows"
+# Names without "-static" and "-rows..."; a group size only changes the lightness.
 _FILLS = {
     "bf16": ("#b4bac2", DARK_INK, "16"),
     "w8a16": ("#56b4e9", DARK_INK, "8"),
@@ -49,10 +50,10 @@ _SPARE = ("#7a5195", LIGHT_INK)
 
 def look_of(scheme: str) -> Look:
     """How `scheme` is drawn; an unknown one gets a spare colour, hatched, with its weight's bits as the label."""
-    plain = scheme.removesuffix("-static")
+    plain = _plain(scheme)
     if plain in _FILLS:
         fill, ink, label = _FILLS[plain]
-        return Look(fill=fill, ink=ink, label=label, hatched=plain != scheme)
+        return Look(fill=fill, ink=ink, label=f"{label}+" if ROWS in scheme else label, hatched=plain != scheme)
     bits = re.match(r"w(\d{1,2})", scheme)
     return Look(fill=_SPARE[0], ink=_SPARE[1], label=bits.group(1) if bits else "?", hatched=True)
 
@@ -60,4 +61,8 @@ def look_of(scheme: str) -> Look:
 def in_order(schemes: list[str]) -> list[str]:
     """`schemes` from the fewest bits to bf16, then unknown ones by name: the order of every legend."""
     ranks = {name: rank for rank, name in enumerate(reversed(_FILLS))}
-    return sorted(schemes, key=lambda name: (ranks.get(name.removesuffix("-static"), len(ranks)), name))
+    return sorted(schemes, key=lambda name: (ranks.get(_plain(name), len(ranks)), name))
+
+
+def _plain(scheme: str) -> str:
+    return scheme.partition(ROWS)[0].removesuffix("-static")

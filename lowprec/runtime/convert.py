@@ -1,20 +1,22 @@
 """Replaces the linear layers of a model by layers that run in their scheme, in place.
 
 `nn.Linear` holds [N, K]; transformers' Conv1D (GPT-2) holds [K, N] and is replaced alike, because solved weights are
-always [N, K]. A tied lm_head is replaced by codes of its own while the embedding keeps the shared weight.
+always [N, K]. A tied lm_head is replaced by codes of its own while the embedding keeps the shared weight, unless
+`tables` says that the embedding reads the head's codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError, ModelError
-from lowprec.formats import QuantizedWeight
+from lowprec.formats import QuantizedWeight, for_tables
 from lowprec.records import Scheme
 from lowprec.registry import closest
 from lowprec.runtime.dispatch import KernelTable
 from lowprec.runtime.linear import QuantLinear
+from lowprec.runtime.table import QuantEmbedding, QuantHead
 from lowprec_kernels.kernel import Operands
 
 
@@ -40,6 +42,13 @@ def stored_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.t().contiguous() if _is_conv1d(layer) else weight
 
 
+def _embedding(model: nn.Module, name: str) -> nn.Embedding:
+    found = dict(model.named_modules()).get(name)
+    if not isinstance(found, nn.Embedding):
+        raise ConfigError(f"{name!r} is no embedding of this model")
+    return found
+
+
 def _bias(module: nn.Module) -> Tensor | None:
     bias = module.bias
     return bias.detach() if isinstance(bias, Tensor) else None
@@ -52,7 +61,7 @@ def _replacement(
     scheme: Scheme,
     kernels: KernelTable | str,
     activation_scale: Tensor | None,
-) -> QuantLinear | None:
+) -> QuantLinear | QuantHead | None:
     dense = weight_of(module)
     if weight is None:
         # A layer that stays dense runs the form that its cost was measured with; in other dtypes it stays as it is.
@@ -61,6 +70,8 @@ def _replacement(
         return QuantLinear(Operands(weight="bf16", codes=dense.contiguous(), bias=_bias(module)), scheme, kernels)
     if weight.codes.shape != dense.shape:
         raise ModelError(f"{name}: codes are {tuple(weight.codes.shape)}, the layer's weight {tuple(dense.shape)}")
+    if for_tables(scheme):
+        return QuantHead(scheme, weight, _bias(module), kernels)
     return QuantLinear.from_quantized(weight, scheme, _bias(module), kernels=kernels, activation_scale=activation_scale)
 
 
@@ -71,6 +82,7 @@ def convert_(
     *,
     kernels: KernelTable | str,
     activation_scales: Mapping[str, Tensor] | None = None,
+    tables: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
     """Replaces the layers named in `schemes`, in place, and returns `model`.
 
@@ -80,6 +92,7 @@ def convert_(
             table, so that it runs the form that was measured; else it stays.
         kernels: a table of measured choices, or the name of one kernel for all layers.
         activation_scales: layer name -> calibrated scale, for static schemes.
+        tables: layer name -> the embeddings that read its codes, where it has any.
 
     Raises:
         ConfigError: a name that is no linear layer of the model, a scheme without a solved weight.
@@ -90,7 +103,7 @@ def convert_(
     unknown = [name for name in [*schemes, *solved] if name not in known]
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is no linear layer of this model: {closest(unknown[0], list(known))}")
-    made: dict[str, QuantLinear] = {}
+    made: dict[str, nn.Module] = {}
     for name, scheme in schemes.items():
         if scheme.weight is not None and name not in solved:
             raise ConfigError(f"{name} has scheme {scheme.name} but no solved weight; solve it first")
@@ -98,9 +111,12 @@ def convert_(
         replacement = _replacement(name, known[name], weight, scheme, kernels, (activation_scales or {}).get(name))
         if replacement is not None:
             made[name] = replacement
+        for table in (tables or {}).get(name, ()) if weight is not None else ():
+            assert isinstance(replacement, QuantLinear | QuantHead)
+            made[table] = QuantEmbedding(replacement, _embedding(model, table))
     # Nothing is replaced before everything could be built: an error leaves the model as it was.
     for name, layer in made.items():
         parent, _, child = name.rpartition(".")
-        layer.train(known[name].training)
+        layer.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent), child, layer)
     return model

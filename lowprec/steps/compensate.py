@@ -3,7 +3,8 @@
 Two copies of the hidden states go through the model side by side, the reference's and the rounded model's. In each
 block the reference runs once, and the inputs of all groups are kept; then, group by group in the order in which they
 run, the rounded block runs up to that group, whose Hessian and drift (`lowprec.solvers.asymmetric`) come from the input
-that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is.
+that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is, and a table that an
+embedding and a head share is as calibration rounded it, before all else.
 
 All of it is statistics, so it is computed in bfloat16 where the processor multiplies that fast; what comes of it is
 measured in float32 like everything else. A killed pass resumes at the block that was cut, and reads solved groups back.
@@ -25,8 +26,8 @@ from lowprec.solvers import LayerStatistics
 from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.solve import Rounder, overlay_of, override
-from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
+from lowprec.steps.solve import Rounder, overlay_of, overrides
+from lowprec.steps.stream import NOTHING, Call, Overlay, Override, Stream, fast_dtype
 
 Kept = dict[str, dict[int, Tensor]]
 """Group -> number of the batch -> the group's input there."""
@@ -95,9 +96,14 @@ class Compensation:
         return [g for g in self.groups if self.schemes[g.name].weight is not None]
 
     def _kept(self) -> dict[str, QuantizedWeight]:
-        """What an earlier, perhaps cut, pass has solved."""
+        """What an earlier, perhaps cut, pass has solved, and the heads that share their weight with a table."""
         solved: dict[str, QuantizedWeight] = {}
         for group in self._quantised:
+            if group.tables:
+                # The table is read first: what its head would make up for must not move it.
+                fmt = self.schemes[group.name].weight or ""
+                solved |= {layer: self.rounder.rounded(layer, fmt) for layer in group.layers}
+                continue
             solved |= self.folder.read_solved(f"{group.name}@{self.name}", self.inputs) or {}
         return solved
 
@@ -105,15 +111,15 @@ class Compensation:
         stream = self.stream
         having = [g for g in self._quantised if all(layer in solved for layer in g.layers)]
         overlay = dict(overlay_of(having, self.schemes, solved, self.calibration))
-        with stream.outer():
-            entered = [stream.enter(batch) for batch in self.batches]
-        calls = [call for _, call in entered]
         start = scratch.note("block") or 0
-        reference, rounded = (
-            (scratch.load(f"{side}-{start}") if start else None) or [h for h, _ in entered]
-            for side in ("reference", "rounded")
-        )
-        del entered
+        sides = {}
+        for side, own in (("reference", NOTHING), ("rounded", overlay)):
+            with stream.outer(own):
+                entered = [stream.enter(batch) for batch in self.batches]
+            calls = [call for _, call in entered]
+            sides[side] = (scratch.load(f"{side}-{start}") if start else None) or [h for h, _ in entered]
+        reference, rounded = sides["reference"], sides["rounded"]
+        del entered, sides
         for index in range(start, stream.depth):
             inside = [g for g in self._quantised if g.block == index or stream.whole]
             after, kept = self._reference(_block(stream, index, reference, calls), inside)
@@ -124,7 +130,7 @@ class Compensation:
             if not stream.whole:
                 _checkpoint(scratch, index + 1, reference, rounded)
             progress(index + 1, stream.depth + 1)
-        outside = [g for g in self._quantised if g.block is None and not stream.whole]
+        outside = [g for g in self._quantised if g.block is None and not stream.whole and not g.tables]
         if outside:
             _, kept = self._reference(_behind(stream, reference, self.batches), outside, stop=True)
             self._solve(outside, kept, _behind(stream, rounded, self.batches), solved, overlay)
@@ -183,7 +189,7 @@ class Compensation:
         """Runs the rounded model up to the group's input."""
         # The layers are not rounded yet, but what they are given already is.
         scheme = self.schemes[group.name]
-        given = {layer: override(scheme, self.calibration, group.name, None) for layer in group.layers}
+        given = overrides(group, scheme, self.calibration, dict.fromkeys(group.layers))
         gather = _Paired(self.stream, group, len(self.batches), reference)
         with place.opened({**overlay, **given}), gather.hooks(stop_after=True):
             for position, batch in enumerate(self.batches):

@@ -5,7 +5,8 @@
     dollars  the time, at the device's price per hour
 
 A head outside the blocks computes one position per sequence in prefill, as generation does. A tied head that stays
-bfloat16 shares the embedding's bytes and costs none of its own.
+bfloat16 shares the embedding's bytes and costs none of its own, unless the two share a scheme, too: then the bytes are
+those of the group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from lowprec.artifacts.ct_schemes import storage_format
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, resolve, scheme_named
+from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
 from lowprec.records import CostSample, Group, Objective, Scheme, Workload
 from lowprec.results import StruckOut
 from lowprec.steps.calibrate import Progress
@@ -42,6 +43,8 @@ def candidates(
     for group in groups:
         kept = [scheme_named("bf16")]
         for scheme in schemes:
+            if for_tables(scheme) and not group.tables:
+                continue
             reason, settled = None, scheme
             try:
                 settled = resolve(scheme, group.k)
@@ -100,7 +103,7 @@ def group_costs(
     """(group, scheme) -> cost.
 
     Args:
-        tied: groups whose unquantised weight is the embedding's own.
+        tied: groups whose unquantised weight is that of an embedding which stays as it is.
         own_bytes: of one unquantised weight.
     """
     time = {(s.scheme, s.n, s.k, s.m): s.p50_us for s in samples}

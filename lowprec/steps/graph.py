@@ -2,7 +2,8 @@
 
 Runtimes concatenate layers of one parent module that read the same tensor ({q, k, v}, {gate, up}); so these are found
 by what the trace saw, not by the names that one architecture uses. Everything that is not in a group is listed with
-its bytes and the reason.
+its bytes and the reason. A head that shares its weight with an embedding takes that into its group where the two are
+to be stored as one.
 """
 
 import torch
@@ -14,8 +15,12 @@ from lowprec.steps.linear import input_width, output_width
 from lowprec.steps.stream import Stream
 
 
-def find_groups(stream: Stream) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
-    """The model's groups in the order in which it runs, and what stays unquantised."""
+def find_groups(stream: Stream, share_tables: bool = False) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
+    """The model's groups in the order in which it runs, and what stays unquantised.
+
+    Args:
+        share_tables: whether an embedding that a layer is tied to takes the layer's scheme; else it stays as it is.
+    """
     members: dict[tuple[str, int], list[str]] = {}
     refused: dict[str, str] = {}
     for name in stream.layers:
@@ -25,10 +30,11 @@ def find_groups(stream: Stream) -> tuple[tuple[Group, ...], tuple[Unquantised, .
             refused[name] = reason
         else:
             members.setdefault((name.rpartition(".")[0], calls[0]), []).append(name)
-    groups = [_group(parent, layers, stream) for (parent, _), layers in members.items()]
+    groups = [_group(parent, layers, stream, share_tables) for (parent, _), layers in members.items()]
     # Blocks first, in order; what lies outside them (the head) runs last.
     ordered = sorted(groups, key=lambda g: stream.depth if g.block is None else g.block)
-    return tuple(ordered), _unquantised(stream.module, [n for g in ordered for n in g.layers], refused)
+    shared = {table for group in ordered for table in group.tables}
+    return tuple(ordered), _unquantised(stream.module, [n for g in ordered for n in g.layers], shared, refused)
 
 
 def _unusable(name: str, calls: int, stream: Stream) -> str | None:
@@ -47,7 +53,7 @@ def _runs_after_blocks(name: str, stream: Stream) -> bool:
     return order.index(name) > order.index(stream.block_names[-1])
 
 
-def _group(parent: str, layers: list[str], stream: Stream) -> Group:
+def _group(parent: str, layers: list[str], stream: Stream, share_tables: bool) -> Group:
     leaves = [_short(name.rpartition(".")[2]) for name in layers]
     joint = "qkv" if leaves in (["q", "k", "v"], ["query", "key", "value"]) else "_".join(leaves)
     modules = [stream.layers[name] for name in layers]
@@ -64,7 +70,14 @@ def _group(parent: str, layers: list[str], stream: Stream) -> Group:
         n=n,
         k=k,
         parameters=n * k,
+        tables=_tables(layers, stream) if share_tables else (),
     )
+
+
+def _tables(layers: list[str], stream: Stream) -> tuple[str, ...]:
+    """The embeddings whose weight is that of a layer; they stand alone in a group, as heads do."""
+    weights = {id(stream.layers[layer].weight) for layer in layers}
+    return tuple(name for name, table in stream.tables.items() if id(table.weight) in weights)
 
 
 def _short(leaf: str) -> str:
@@ -72,14 +85,16 @@ def _short(leaf: str) -> str:
     return stem if stem in ("q", "k", "v", "o", "gate", "up", "down") else leaf
 
 
-def _unquantised(module: nn.Module, grouped: list[str], refused: dict[str, str]) -> tuple[Unquantised, ...]:
+def _unquantised(
+    module: nn.Module, grouped: list[str], shared: set[str], refused: dict[str, str]
+) -> tuple[Unquantised, ...]:
     taken = {id(module.get_submodule(name).weight): name for name in grouped}
     total = sum(_bytes(p) for p in module.parameters())
     found: dict[str, tuple[str, int]] = {}
     for name, parameter in module.named_parameters():
         owner = name.rpartition(".")[0]
         if id(parameter) in taken and name.endswith("weight"):
-            if isinstance(module.get_submodule(owner), nn.Embedding):
+            if isinstance(module.get_submodule(owner), nn.Embedding) and owner not in shared:
                 reason = f"embedding; stays as it is whatever becomes of {taken[id(parameter)]}, which is tied to it"
                 found[owner] = (reason, _bytes(parameter))
             continue

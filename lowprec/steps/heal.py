@@ -7,7 +7,8 @@ errors that no layer can mend by itself are mended by others (EfficientQAT, arXi
 the loss of the labels). Gradients: with w = s c, dL/ds = sum over the group of c dL/dw, so one dense gradient of the
 layer serves all formats. Adam (arXiv 1412.6980) on log s, so that all scales move by like shares; a cosine schedule
 with a short warm-up. What a layer computes with is always the scale rounded to bfloat16, as it will be stored; rounded
-activations let gradients pass as if they were not rounded (straight-through).
+activations let gradients pass as if they were not rounded (straight-through). A table that an embedding shares with a
+head keeps its scales.
 
 The model is materialised block by block, forwards and then backwards with each block run again from its kept input, so
 that memory is the codes, two blocks and a step's hidden states. Like all statistics it is computed in `fast_dtype`.
@@ -37,8 +38,8 @@ from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.linear import stored_weight
 from lowprec.steps.measure import Run, run_through
 from lowprec.steps.outcome import Outcome
-from lowprec.steps.solve import override
-from lowprec.steps.stream import Call, Overlay, Stream, fast_dtype
+from lowprec.steps.solve import overrides
+from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
 from lowprec.steps.tokens import rows_of_batch
 
 RATE = 3e-3
@@ -107,16 +108,17 @@ class Healing:
         self, solved: Mapping[str, QuantizedWeight], progress: Progress = lambda done, total: None
     ) -> dict[str, QuantizedWeight]:
         """The same codes with healed scales, layer by layer."""
-        scales = {layer: _Scales(weight) for layer, weight in solved.items()}
+        fixed = {layer: solved[layer] for g in self.groups if g.tables for layer in g.layers if layer in solved}
+        scales = {layer: _Scales(weight) for layer, weight in solved.items() if layer not in fixed}
         with self.stream.computing(fast_dtype(self.stream)):
             reference = run_through(self.stream, self.batches)
             steps = self._steps()
             for number, positions in enumerate(steps, start=1):
-                self._gather(scales, reference, positions)
+                self._gather(scales, self._overlay(scales, fixed), reference, positions)
                 for layer in scales.values():
                     layer.step(number, self.rate * _schedule(number, len(steps)))
                 progress(number, len(steps))
-        return {name: layer.weight for name, layer in scales.items()}
+        return fixed | {name: layer.weight for name, layer in scales.items()}
 
     def _steps(self) -> list[list[int]]:
         """Which batches each step goes through: every batch once a pass, in a seeded order."""
@@ -133,17 +135,20 @@ class Healing:
                 held += _size(self.batches[position])
         return steps
 
-    def _overlay(self, scales: Mapping[str, _Scales]) -> Overlay:
-        return {
-            layer: override(scheme, self.calibration, group.name, scales[layer].dequantize)
-            for group in self.groups
-            if (scheme := self.schemes[group.name]).weight is not None
-            for layer in group.layers
-        }
+    def _overlay(self, scales: Mapping[str, _Scales], fixed: Mapping[str, QuantizedWeight]) -> Overlay:
+        made: dict[str, Override] = {}
+        for group in self.groups:
+            scheme = self.schemes[group.name]
+            if scheme.weight is not None:
+                makers = {layer: (scales.get(layer) or fixed[layer]).dequantize for layer in group.layers}
+                made |= overrides(group, scheme, self.calibration, makers)
+        return made
 
-    def _gather(self, scales: Mapping[str, _Scales], reference: Run, positions: Sequence[int]) -> None:
+    def _gather(
+        self, scales: Mapping[str, _Scales], overlay: Overlay, reference: Run, positions: Sequence[int]
+    ) -> None:
         """Forwards and backwards over some batches; adds up the scales' gradients."""
-        stream, overlay = self.stream, self._overlay(scales)
+        stream = self.stream
         batches = [self.batches[p] for p in positions]
         with torch.no_grad(), stream.outer(overlay):
             entered = [stream.enter(batch) for batch in batches]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowprec.steps.calibrate import Progress
 from lowprec.steps.scores import PairedScores, token_scores
-from lowprec.steps.stream import NOTHING, Call, Overlay, Override, Stream
+from lowprec.steps.stream import NOTHING, Call, Overlay, Stream
 from lowprec.steps.tokens import TokenSet
 
 Compare = Callable[[Tensor, Tensor, Any], Tensor]
@@ -86,11 +86,13 @@ def _kept(overlay: Overlay, stream: Stream) -> Overlay:
     if stream.whole:
         return NOTHING
     outside = {name: o for name, o in overlay.items() if stream.block_of(name) is None}
-    return {name: _with_weight(o, o.weight() if o.weight else None) for name, o in outside.items()}
+    # A head and its table have one maker between them, and so have what it makes.
+    made = {id(o.weight): _constant(o.weight()) for o in outside.values() if o.weight}
+    return {name: dataclasses.replace(o, weight=made.get(id(o.weight))) for name, o in outside.items()}
 
 
-def _with_weight(override: Override, weight: Tensor | None) -> Override:
-    return dataclasses.replace(override, weight=None if weight is None else (lambda: weight))
+def _constant(weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: weight
 
 
 def compare_tokens(reference: Tensor, output: Tensor, batch: Any) -> Tensor:
@@ -149,11 +151,14 @@ def measure_pairs(
 ) -> dict[tuple[str, str], float]:
     """Measured KL of each (group, scheme) alone, nats per event.
 
-    Each pair starts at its own block from the reference's hidden states, so the blocks before it cost nothing.
+    Each pair starts at its own block from the reference's hidden states, so the blocks before it cost nothing; one
+    that changes what stands before the blocks goes through all of them.
     """
     hidden, calls = _entered(stream, batches)
     first = {pair: min(_first_block(stream, name) for name in overlay) for pair, overlay in overlays.items()}
     changed: dict[tuple[str, str], Run] = {}
+    for pair in (p for p, block in first.items() if block < 0):
+        changed[pair] = Run(stream=stream, hidden=_entered(stream, batches, overlays[pair])[0], overlay=overlays[pair])
     for index in range(stream.depth):
         # Those that branch off here run this block with their own weights; the others, and the reference, without.
         for pair in (p for p, block in first.items() if block == index):
@@ -176,5 +181,8 @@ def measure_pairs(
 
 
 def _first_block(stream: Stream, layer: str) -> int:
+    """The block from which on the model differs: -1 before the first, `depth` behind the last."""
+    if layer in stream.tables and not stream.whole:
+        return -1
     block = stream.block_of(layer)
     return stream.depth if block is None else block

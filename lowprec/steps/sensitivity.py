@@ -51,8 +51,8 @@ CHUNK_ELEMENTS = 1 << 22
 class Effects:
     """First-order effects e of each rounding on the sampled log-likelihood, [sequences, columns].
 
-    `columns` names what each column is: (group, "weight" or "activation", format). `events` [sequences] is how many
-    predictions each sequence makes.
+    `columns` names what each column is: (group, "weight", "activation" or "table", format). `events` [sequences] is
+    how many predictions each sequence makes.
     """
 
     columns: tuple[Key, ...]
@@ -64,7 +64,7 @@ class Effects:
         return torch.stack(self._parts(group, scheme)).sum(0)
 
     def _parts(self, group: str, scheme: Scheme) -> list[Tensor]:
-        kinds = [("weight", scheme.weight), ("activation", scheme.activation)]
+        kinds = [("weight", scheme.weight), ("activation", scheme.activation), ("table", scheme.weight)]
         keys = [(group, kind, fmt) for kind, fmt in kinds if fmt is not None]
         # A layer that the output does not depend on got no gradient: rounding it has no effect.
         return [
@@ -78,7 +78,8 @@ class Effects:
         """Predicted KL of `group` in `scheme` per event, in nats, and its standard error over sequences.
 
         Weight and activation errors are squared apart: their product averages to zero, and leaving it in would let
-        noise rank a scheme with rounded activations before the same weights without.
+        noise rank a scheme with rounded activations before the same weights without. So is what an embedding reads of
+        a shared table from what the head makes of it.
         """
         squares = sum(effect.square() for effect in self._parts(group, scheme)) * 0.5 / self.events.double().mean()
         return float(squares.mean()), float(squares.std() / max(len(squares) - 1, 1) ** 0.5)
@@ -100,6 +101,7 @@ class _Probe:
         self._weights = weights
         self._input: dict[str, Tensor] = {}
         self._rounding: dict[tuple[int, str], Tensor] = {}
+        self._read: list[tuple[Group, Tensor, Tensor]] = []
         self.row: Row = {}
 
     @contextlib.contextmanager
@@ -113,11 +115,36 @@ class _Probe:
                     handles.append(layer.register_forward_pre_hook(_starts_gradient))
                 handles.append(layer.register_forward_hook(self._forward(name)))
                 handles.append(layer.register_full_backward_hook(self._backward(group, name)))
+        if self._stream.whole:
+            handles += self._table_handles()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def table_hooks(self) -> Iterator[None]:
+        """Probes what is read from tables while open."""
+        handles = self._table_handles()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _table_handles(self) -> list[Any]:
+        tables = self._stream.tables
+        return [tables[name].register_forward_hook(self._reads(g)) for g in self._groups for name in g.tables]
+
+    def _reads(self, group: Group) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # Weights need no gradient here, so the graph starts at what was read.
+            leaf = output.detach().requires_grad_()
+            self._read.append((group, args[0], leaf))
+            return leaf
+
+        return hook
 
     def _forward(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
@@ -152,6 +179,11 @@ class _Probe:
 
     def take(self) -> Row:
         """The batch's effects, each [B]; starts anew."""
+        for group, ids, leaf in self._read:
+            if leaf.grad is not None:
+                errors = self._errors[group.layers[0]]
+                self._add(group, "table", self._weights[group.name], _table_effects(ids, leaf.grad, errors))
+        self._read.clear()
         row, self.row = self.row, {}
         self._rounding.clear()
         self._input.clear()
@@ -179,6 +211,12 @@ def _weight_effects(x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
         by_row = torch.bmm(errors[:, rows].float().transpose(0, 1), gradient.permute(1, 2, 0))
         total += by_row.sum(0).T
     return total
+
+
+def _table_effects(ids: Tensor, gradient: Tensor, errors: Tensor) -> Tensor:
+    """ids [B, T], gradients of what was read [B, T, K], errors [F, N, K] -> [B, F]: sum over t of <dW_f[id_t], g_t>."""
+    columns = [(error[ids].float() * gradient).flatten(1).sum(1) for error in errors]
+    return torch.stack(columns, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -230,6 +268,15 @@ class _Pass:
                 before.append(torch.autograd.grad(out, leaf, gradient.to(self.stream.device))[0])
                 rows.append(probe.take())
         return rows, before
+
+    def entry(self, probe: _Probe, gradients: Sequence[Tensor]) -> list[Row]:
+        """Through what stands before the blocks; `gradients` are those of the first block's inputs."""
+        rows = []
+        with self.stream.outer(), probe.table_hooks():
+            for batch, gradient in zip(self.batches, gradients, strict=True):
+                torch.autograd.backward(self.stream.lookup(batch), gradient.to(self.stream.device))
+                rows.append(probe.take())
+        return rows
 
     def _inputs(self, index: int) -> list[Tensor]:
         hidden = self.scratch.load(f"input-{index}")
@@ -296,6 +343,8 @@ def effects(
         progress(stream.depth - index, stream.depth)
     for index in range(stream.depth + 1):
         keep(_stored_rows(scratch, index))
+    if shared := [g for g in groups if g.tables]:
+        keep(run.entry(probe(shared), gradients))
     return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
 
 

@@ -5,6 +5,9 @@ that of the errors that the solver really leaves. Results of solvers that need s
 (group, format); plain rounding is cheaper made again. `lowprec.steps.compensate` rounds whole mixes with the same
 rounder.
 
+A table in rows of two widths (`lowprec.formats.rows`) is put together from the roundings in both. An embedding that
+shares the weight of a head computes with the head's codes.
+
 Layers are rounded by a pool of threads, each with one thread of its own for arithmetic, so the results depend neither
 on the number of workers nor on their order.
 """
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import Group, Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
@@ -40,6 +44,7 @@ class Rounder:
         inputs: digests of what the rounding depends on.
         solver: name of the solver for formats of fewer than 8 bits.
         workers: threads that round side by side.
+        frequency: group -> makes the importance [N] of its rows, for groups with tables.
     """
 
     def __init__(
@@ -50,7 +55,9 @@ class Rounder:
         inputs: Mapping[str, str],
         solver: str = "gptq",
         workers: int = 2,
+        frequency: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> None:
+        self._frequency = frequency or {}
         self._stream, self._groups, self._folder, self._inputs = stream, groups, folder, dict(inputs)
         self._solver, self._workers = solver, workers
         self._group_of = {layer: group.name for group in groups for layer in group.layers}
@@ -109,7 +116,7 @@ class Rounder:
         wanted = [
             (group, fmt, statistics)
             for group, statistics in gathered
-            for fmt in formats[group.name]
+            for fmt in dict.fromkeys(_solved_as(fmt) for fmt in formats[group.name])
             if SOLVERS[self.solver_of(fmt)].needs_statistics
             and self._folder.read_solved(f"{group.name}@{fmt}", self._inputs) is None
         ]
@@ -121,6 +128,10 @@ class Rounder:
 
     def rounded(self, layer: str, fmt: str) -> QuantizedWeight:
         """The layer in `fmt` as calibration rounded it."""
+        mixed = WEIGHT_FORMATS[fmt]
+        if isinstance(mixed, MixedRows):
+            frequency = self._frequency[self._group_of[layer]]()
+            return mixed.mixed(self.rounded(layer, FINE), self.rounded(layer, mixed.coarse), frequency)
         solver = SOLVERS[self.solver_of(fmt)]
         if not solver.needs_statistics:
             return solver.solve(self._weight(layer), WEIGHT_FORMATS[fmt], None)
@@ -141,22 +152,37 @@ class Rounder:
 
     def overlay(self, schemes: Mapping[str, Scheme], calibration: Calibration) -> dict[str, Override]:
         """What the model computes with when `schemes` (group -> scheme) hold, rounded as calibration did."""
-        return {
-            layer: override(schemes[group.name], calibration, group.name, self._dequantised(layer, schemes[group.name]))
-            for group in self._groups
-            if schemes[group.name].name != "bf16"
-            for layer in group.layers
-        }
+        made: dict[str, Override] = {}
+        for group in self._groups:
+            scheme = schemes[group.name]
+            if scheme.name != "bf16":
+                weights = {layer: self._dequantised(layer, scheme) for layer in group.layers}
+                made |= overrides(group, scheme, calibration, weights)
+        return made
 
     def _dequantised(self, layer: str, scheme: Scheme) -> Callable[[], Tensor] | None:
         fmt = scheme.weight
         return None if fmt is None else lambda: self.rounded(layer, fmt).dequantize()
 
 
-def override(scheme: Scheme, calibration: Calibration, group: str, weight: Callable[[], Tensor] | None) -> Override:
-    """The override of a layer of `group` in `scheme`, with the static activation scale where the scheme has one."""
-    scale = calibration.scale_of(group, scheme.activation)
-    return Override(weight=weight, activation=scheme.activation, activation_scale=scale)
+def _solved_as(fmt: str) -> str:
+    """The format whose solution on disk `fmt` is made from."""
+    found = WEIGHT_FORMATS[fmt]
+    return found.coarse if isinstance(found, MixedRows) else fmt
+
+
+Weights = Mapping[str, Callable[[], Tensor] | None]
+"""Layer -> what makes its dense weight; None leaves it its own."""
+
+
+def overrides(group: Group, scheme: Scheme, calibration: Calibration, weights: Weights) -> dict[str, Override]:
+    """What the layers of `group` compute with in `scheme`, and the tables that share the first one's weight."""
+    scale = calibration.scale_of(group.name, scheme.activation)
+    layers = {
+        layer: Override(weight=weight, activation=scheme.activation, activation_scale=scale)
+        for layer, weight in weights.items()
+    }
+    return layers | {table: Override(weight=weights[group.layers[0]]) for table in group.tables}
 
 
 def overlay_of(
@@ -166,9 +192,9 @@ def overlay_of(
     calibration: Calibration,
 ) -> Overlay:
     """What the model computes with when its layers hold `solved`."""
-    return {
-        layer: override(schemes[group.name], calibration, group.name, solved[layer].dequantize)
-        for group in groups
-        if schemes[group.name].weight is not None
-        for layer in group.layers
-    }
+    made: dict[str, Override] = {}
+    for group in groups:
+        if schemes[group.name].weight is not None:
+            weights = {layer: solved[layer].dequantize for layer in group.layers}
+            made |= overrides(group, schemes[group.name], calibration, weights)
+    return made

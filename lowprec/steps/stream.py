@@ -85,6 +85,7 @@ class _Stub(nn.Module):
 class Stream:
     """Runs `module` block by block.
 
+    `layers` are the linear layers by name, `tables` the embeddings; an overlay may replace the weights of both.
     `calls` has, for every linear layer, the address of its input at each call in the trace: layers of one parent that
     were given the same tensor are fused by runtimes.
 
@@ -109,7 +110,9 @@ class Stream:
         self.forward: Forward = lambda module, batch: forward(module, moved(batch, self.device))
         self.dtype = dtype
         self.layers = linear_layers(module)
+        self.tables = {name: m for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
         self._names = {layer: name for name, layer in self.layers.items()}
+        self._overlaid = self._names | {table: name for name, table in self.tables.items()}
         self._as_tuple = False
         self.calls: dict[str, tuple[int, ...]] = {}
         for parameter in module.parameters():
@@ -190,13 +193,17 @@ class Stream:
             for module in root.modules():
                 if id(module) in leave_alone:
                     continue
-                override = overlay.get(self._names.get(module, "")) if module in self._names else None
+                override = overlay.get(self._overlaid[module]) if module in self._overlaid else None
                 for name, parameter in module._parameters.items():
                     if parameter is None:
                         continue
                     put_back.append((module._parameters, name, parameter))
                     if override is not None and override.weight is not None and name == "weight":
-                        new = nn.Parameter(stored_weight(module, self._to(override.weight())), requires_grad=False)
+                        # A head and the table that it is tied to have one maker of their weight, and so one weight.
+                        if (key := id(override.weight)) not in copies:
+                            dense = stored_weight(module, self._to(override.weight()))
+                            copies[key] = nn.Parameter(dense, requires_grad=False)
+                        new = copies[key]
                     else:
                         new = copies.setdefault(id(parameter), nn.Parameter(self._to(parameter), requires_grad=False))
                     module._parameters[name] = new
@@ -263,13 +270,21 @@ class Stream:
         """What block 0 receives for `batch`, and the other arguments of every block. Needs `outer()`."""
         if self._list is None:
             return batch, [((), {})]
-        with self._stubs(None, stop_at=self.depth - 1) as stubs:
+        hidden, calls = self._entered(batch, stop_at=self.depth - 1)
+        return hidden.clone(), calls
+
+    def lookup(self, batch: Any) -> Tensor:
+        """What block 0 receives, differentiable in what stands before it. Needs `outer()` and a cut."""
+        return self._entered(batch, stop_at=0)[0]
+
+    def _entered(self, batch: Any, stop_at: int) -> tuple[Tensor, list[Call]]:
+        with self._stubs(None, stop_at=stop_at) as stubs:
             with contextlib.suppress(_Stop):
                 self.forward(self.module, batch)
             hidden = stubs[0].hidden
-            calls = [stub.call for stub in stubs]
+            calls = [stub.call for stub in stubs if stub.call is not None]
         assert hidden is not None
-        return hidden.clone(), [call for call in calls if call is not None]
+        return hidden, calls
 
     def run(self, index: int, hidden: Any, call: Call) -> Any:
         """Block `index` applied to `hidden`. Needs `block(index)`."""

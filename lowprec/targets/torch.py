@@ -1,10 +1,12 @@
 """The torch target: times the kernels that will really run in this process, on this machine.
 
 Per-kernel times come from `lowprec.runtime.measure` (cold weights, all schemes of a shape interleaved, activation
-quantisation inside). `bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole
-causal model with its KV cache. The CUDA kernels are not there yet: a CUDA device is refused.
+quantisation inside). A table in rows of two widths takes the time of its two parts, each measured at its own size.
+`bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole causal model with its KV
+cache. The CUDA kernels are not there yet: a CUDA device is refused.
 """
 
+import dataclasses
 import inspect
 import math
 import platform
@@ -17,7 +19,8 @@ import torch
 from torch import nn
 
 from lowprec.errors import ModelError, UnsupportedError
-from lowprec.formats import resolve
+from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
+from lowprec.formats.rows import MixedRows
 from lowprec.records import CostSample, Origin, Scheme
 from lowprec.runtime.dispatch import BUCKET_LIMITS, automatic
 from lowprec.runtime.measure import measure_kernels
@@ -92,6 +95,9 @@ class TorchTarget:
         total, done = len(shapes) * len(ms), 0
         for n, k in shapes:
             resolved = {s.name: resolve(s, k) for s in schemes if self.supports(s, n, k) is None}
+            tables = {name: resolved.pop(name) for name in list(resolved) if for_tables(resolved[name])}
+            for name, scheme in tables.items():
+                samples += [dataclasses.replace(self._in_parts(scheme, n, k, m), scheme=name) for m in ms]
             forms = {name: automatic(scheme, n, k, self._device) for name, scheme in resolved.items()}
             for m in ms:
                 found = measure_kernels(
@@ -120,6 +126,24 @@ class TorchTarget:
                 if progress is not None:
                     progress(done, total)
         return samples
+
+    def _in_parts(self, scheme: Scheme, n: int, k: int, m: int) -> CostSample:
+        """The sum over the parts of a table in rows of two widths."""
+        fmt = WEIGHT_FORMATS[str(scheme.weight)]
+        assert isinstance(fmt, MixedRows)
+        fine = fmt.fine_rows(n)
+        sizes = {"w8a16": fine, f"w4a16-g{fmt.group_size}": n - fine}
+        parts = [self.time([(rows, k)], [scheme_named(name)], [m])[0] for name, rows in sizes.items() if rows]
+        return dataclasses.replace(
+            parts[0],
+            n=n,
+            scheme=scheme.name,
+            kernel=" + ".join(part.kernel for part in parts),
+            p20_us=sum(part.p20_us for part in parts),
+            p50_us=sum(part.p50_us for part in parts),
+            p80_us=sum(part.p80_us for part in parts),
+            bytes=weight_bytes(scheme, n, k),
+        )
 
 
 def measure_end_to_end(

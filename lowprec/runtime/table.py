@@ -1,0 +1,113 @@
+"""A table of a vocabulary that runs in its codes: what an embedding reads of it, and what a head multiplies with it.
+
+`QuantTable` holds the codes once, in one part or, of rows of two widths, in two. `QuantEmbedding` decodes the rows that
+it is asked for. `QuantHead` multiplies with each part by the kernel that is the fastest for it, and puts the logits
+into the order of the vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.errors import ConfigError
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, for_tables, resolve, scheme_named
+from lowprec.formats.rows import MixedRows
+from lowprec.records import Scheme
+from lowprec.runtime.dispatch import KernelTable
+from lowprec.runtime.linear import QuantLinear
+from lowprec_kernels.packing import unpack_int4
+
+Part = tuple[Scheme, QuantizedWeight]
+
+
+def parts_of(scheme: Scheme, weight: QuantizedWeight) -> tuple[Tensor | None, list[Part]]:
+    """The weight in parts of one format each, and which rows belong to the first one ([N] bool, None: all)."""
+    fmt = WEIGHT_FORMATS[weight.format]
+    if not isinstance(fmt, MixedRows):
+        return None, [(scheme, weight)]
+    rows, fine, coarse = fmt.split(weight)
+    return rows, [(scheme_named("w8a16"), fine), (scheme_named(f"w4a16-g{fmt.group_size}"), coarse)]
+
+
+class QuantHead(nn.Module):
+    """y = x W^T + b with the rows of W in two widths.
+
+    Args:
+        scheme: one for tables.
+        weight: [N, K] in the scheme's format.
+        bias: [N] or None.
+        kernels: a table to choose from, or the name of one kernel.
+    """
+
+    place: Tensor
+
+    def __init__(
+        self, scheme: Scheme, weight: QuantizedWeight, bias: Tensor | None, kernels: "KernelTable | str"
+    ) -> None:
+        super().__init__()
+        resolved = resolve(scheme, weight.codes.shape[1])
+        if not for_tables(resolved) or resolved.weight != weight.format:
+            raise ConfigError(f"scheme {scheme.name} is none of rows of two widths in {weight.format}")
+        rows, parts = parts_of(resolved, weight)
+        assert rows is not None
+        order = torch.cat([rows.nonzero().flatten(), (~rows).nonzero().flatten()])
+        biases = [None, None] if bias is None else [bias[rows], bias[~rows]]
+        self.scheme = resolved
+        self.in_features, self.out_features = weight.codes.shape[1], len(rows)
+        self.parts = nn.ModuleList(
+            QuantLinear.from_quantized(part, kind, b, kernels=kernels)
+            for (kind, part), b in zip(parts, biases, strict=True)
+        )
+        # Where the parts' outputs stand, for each row of the vocabulary.
+        self.register_buffer("place", torch.argsort(order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] float -> [..., N] in x's dtype."""
+        return torch.cat([part(x) for part in self.parts], dim=-1).index_select(-1, self.place)
+
+
+class QuantEmbedding(nn.Module):
+    """The rows of a quantised head, decoded when they are asked for; it has no codes of its own.
+
+    Args:
+        head: the layer whose rows it reads.
+        like: the embedding that it stands for.
+    """
+
+    def __init__(self, head: "QuantLinear | QuantHead", like: nn.Embedding) -> None:
+        super().__init__()
+        if like.max_norm is not None:
+            raise ConfigError("an embedding with max_norm rewrites its rows, codes cannot be: keep it as it is")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = head.out_features, head.in_features, None
+        self.dtype = like.weight.dtype
+        # Not a submodule: the head is one elsewhere in the model, and moves with it.
+        self.__dict__["_head"] = head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] int -> [..., K] in the dtype of the embedding that it stands for."""
+        head, flat = self.__dict__["_head"], ids.flatten()
+        if isinstance(head, QuantLinear):
+            found = _rows(head, flat)
+        else:
+            places, fine = head.place[flat], head.parts[0].out_features
+            found = torch.where(
+                (places < fine)[:, None],
+                _rows(head.parts[0], places.clamp_max(fine - 1)),
+                _rows(head.parts[1], (places - fine).clamp_min(0)),
+            )
+        return found.view(*ids.shape, head.in_features).to(self.dtype)
+
+    def _apply(self, fn: object, recurse: bool = True) -> "QuantEmbedding":
+        """Follows a cast of the model."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # type: ignore[operator]
+        return self
+
+
+def _rows(layer: QuantLinear, which: Tensor) -> Tensor:
+    """Rows of the layer's weight, [R, K] float32."""
+    operands = layer.operands()
+    codes = operands.codes[which]
+    values = unpack_int4(codes) if operands.weight == "int4" else codes
+    if operands.scale is None:
+        return values.to(torch.float32)
+    scale = operands.scale[which]
+    return (values.to(torch.float32).view(len(which), scale.shape[1], -1) * scale[..., None]).view(len(which), -1)
