@@ -51,6 +51,7 @@ def optimize(
     objective: Objective = "time",
     workload: Workload | None = None,
     effort: Effort | str = "balanced",
+    smooth: bool = True,
     heal: bool | None = None,
     shared_tables: bool | None = None,
     schemes: Sequence[str] = ("fp8", "int8", "int4"),
@@ -70,6 +71,7 @@ def optimize(
         budget: "5%", 0.05, or a `Budget` with a metric of its own.
         device: "cpu", "cuda", or a device to plan for by its published figures ("h100", "mi300x", ...).
         effort: "fast", "balanced" or "best".
+        smooth: whether scales are merged between layers before anything is rounded; the model's function stays.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         shared_tables: whether an embedding takes the codes of the head that it is tied to, in lowprec's own form;
             None: when bytes are the objective.
@@ -97,6 +99,7 @@ def optimize(
         objective=objective,
         workload=workload or Workload(),
         effort=effort if isinstance(effort, Effort) else effort_named(effort),
+        smooth=smooth,
         heal=heal,
         shared_tables=shared_tables,
         schemes=tuple(schemes),
@@ -121,8 +124,8 @@ def begin(
 ) -> Iterator[Context]:
     """Opens the run's folder and loads the model; the context that it yields is what `prepare` takes.
 
-    The folder is locked until the context ends. Each stage keeps its results there, so that a later run on it, of
-    `begin` or of `optimize`, goes on from them.
+    The folder is locked until the context ends; then the model's weights are again what they were. Each stage keeps its
+    results there, so that a later run on it, of `begin` or of `optimize`, goes on from them.
 
     Args:
         model: a Hugging Face name or folder, a GGUF file, or what `load` or `wrap` returned.
@@ -131,7 +134,7 @@ def begin(
     Raises:
         LowprecError: bad input, a folder that is in use, or a run that would not fit into memory or onto the disk.
     """
-    with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
+    with RunFolder(settings.out) as folder, progress or RunProgress() as shown, contextlib.ExitStack() as undo:
 
         def look(module: nn.Module) -> None:
             require_fit(module, settings, shown)
@@ -144,7 +147,7 @@ def begin(
         if budget is not None:
             found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
             settings = dataclasses.replace(settings, budget=found)
-        yield context_of(model, settings, folder, shown)
+        yield context_of(model, settings, folder, shown, undo)
 
 
 def default_metric(model: Model) -> str:

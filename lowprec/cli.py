@@ -62,6 +62,9 @@ def calibrate(
     objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
     metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
     effort: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    smooth: Annotated[
+        bool, typer.Option(help="Merge scales between layers, so that less is lost by rounding; the function stays.")
+    ] = True,
     heal: Annotated[
         bool | None, typer.Option(help="Tune the scales of each measured mix end to end; left out, the effort decides.")
     ] = None,
@@ -105,6 +108,7 @@ def calibrate(
             objective=chosen,
             workload=workload,
             effort=effort,
+            smooth=smooth,
             heal=heal,
             shared_tables=shared_tables,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],

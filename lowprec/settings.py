@@ -95,6 +95,7 @@ class Settings:
         device: what the cost is for: "cpu", "cuda", or a device to plan for such as "h100".
         dollars_per_hour: price of that device, None for its list price.
         calibration_device: where calibration computes.
+        smooth: whether scales are merged between layers, so that less is lost by rounding; the model's function stays.
         heal: whether mixes are healed; None leaves it to the effort.
         shared_tables: whether an embedding takes the codes of the head that it is tied to; None: when bytes are the
             objective. Such an artefact is in lowprec's own form, as no other holds one table for both.
@@ -112,6 +113,7 @@ class Settings:
     data: tuple[str, ...] = ()
     dollars_per_hour: float | None = None
     calibration_device: str = "cpu"
+    smooth: bool = True
     heal: bool | None = None
     shared_tables: bool | None = None
     seed: int = 0

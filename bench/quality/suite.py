@@ -8,6 +8,7 @@ reference. A method whose result is in the folder already is not run again. The 
 of the judge: 95 %, over units of text, paired with the reference.
 """
 
+import copy
 import json
 import platform
 import subprocess
@@ -30,6 +31,7 @@ from exchange import MEASURED, WEIGHTS
 from texts import TEXTS, texts
 
 from lowprec.artifacts.folder import canonical_json
+from lowprec.formats import scheme_named
 from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import Model, load
 from lowprec.steps.measure import compare, compare_tokens, paired, run_through
@@ -41,16 +43,22 @@ HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 CONFIDENCE = 0.95
 EVERYTHING = "all"
+SCHEMES = ("w4a16-g64", "w8a16", "w8a8-int8", "w4a8-int8-g64")
+OURS = (("plain rounding", "rtn", "0"), ("compensated", "gptq-quick", "0"), ("healed", "gptq-quick", "1"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One line of the table: what is run, with which interpreter, on which arguments."""
+    """One line of the table: what is run, with which interpreter, on which arguments.
+
+    `activation` is the format that the rounded layers' inputs are rounded to while it is judged.
+    """
 
     name: str
     worker: str
     python: str
     arguments: tuple[str, ...]
+    activation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +85,17 @@ class Result:
 
 def methods(peers: Mapping[str, str]) -> list[Method]:
     """Ours, and those peers whose interpreter is given."""
-    ours = [("plain rounding", "rtn", "0"), ("compensated", "gptq-quick", "0"), ("healed", "gptq-quick", "1")]
     found = [
         Method(
-            name=f"lowprec {kind}, w4a16-g64",
+            name=f"lowprec {kind}{', smoothed' * smooth}, {scheme}",
             worker="worker_lowprec.py",
             python=sys.executable,
-            arguments=("w4a16-g64", solver, passes),
+            arguments=(scheme, solver, passes, str(smooth)),
+            activation=scheme_named(scheme).activation,
         )
-        for kind, solver, passes in ours
+        for scheme in SCHEMES
+        for kind, solver, passes in OURS
+        for smooth in (0, 1)
     ]
     if "auto-round" in peers:
         found += [
@@ -134,15 +144,19 @@ class Bench:
         with self._stream.computing(self._dtype):
             self._reference = run_through(self._stream, self._batches)
 
-    def scores(self, weights: Mapping[str, Tensor]) -> tuple[Score, ...]:
-        """Per text, and over all of them."""
+    def scores(self, weights: Mapping[str, Tensor], activation: str | None) -> tuple[Score, ...]:
+        """Per text, and over all of them; `activation` is what the inputs of the blocks' layers are rounded to."""
+        module = copy.deepcopy(self._stream.module)
+        module.load_state_dict({n: w for n, w in weights.items() if not n.startswith("lm_head")}, strict=False)
+        stream = Stream(module, self._stream.forward, self._batches[0])
+        # Decoded weights stay float32 until they are computed with.
         overlay = {
-            layer: Override(weight=lambda w=weights[name]: w.float())  # type: ignore[misc]
-            for layer in self._stream.layers
-            if (name := f"{layer}.weight") in weights and self._stream.block_of(layer) is not None
+            layer: Override(weight=lambda w=weights[name]: w.float(), activation=activation)  # type: ignore[misc]
+            for layer in stream.layers
+            if (name := f"{layer}.weight") in weights and stream.block_of(layer) is not None
         }
-        with self._stream.computing(self._dtype):
-            candidate = run_through(self._stream, self._batches, overlay)
+        with self._stream.computing(self._dtype), stream.computing(self._dtype):
+            candidate = run_through(stream, self._batches, overlay)
             table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
         found = paired(table, self._judged, self._batches)
         by_text = [(name, found.source == number) for number, name in enumerate(TEXTS)]
@@ -189,11 +203,12 @@ def main(
     known = methods({"auto-round": auto_round} if auto_round else {})
     wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
     folders = {method.name: run(method, out) for method in wanted}
+    activations = {method.name: method.activation for method in wanted}
     bench = Bench(loaded, judged)
     results = []
     for name, folder in folders.items():
         measured = json.loads((folder / MEASURED).read_text())
-        scores = bench.scores(load_file(folder / WEIGHTS))
+        scores = bench.scores(load_file(folder / WEIGHTS), activations[name])
         results.append(
             Result(method=name, seconds=measured["seconds"], peak_bytes=measured["peak_bytes"], scores=scores)
         )

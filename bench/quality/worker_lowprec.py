@@ -1,7 +1,8 @@
-"""lowprec's rounding of one scheme for all layers: python worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES.
+"""lowprec's rounding of one scheme for all layers: worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES SMOOTH.
 
 SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated; PASSES of healing
-follow, 0 for none. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
+follow, 0 for none; SMOOTH is 1 when scales are merged between the layers first. The head stays as it is. These are the
+steps that `lowprec calibrate` takes for each mix.
 """
 
 import sys
@@ -23,17 +24,21 @@ from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
+from lowprec.steps.transform import smooth
 
 ROWS = 4
 
 if __name__ == "__main__":
-    model_folder, calibration, out, scheme, solver, passes = sys.argv[1:]
+    model_folder, calibration, out, scheme, solver, passes, smoothed = sys.argv[1:]
     model, _ = load_model(model_folder)
     rows = calibration_rows(calibration)
     lengths = torch.full((ROWS,), rows.shape[1])
     batches = [Batch(ids=ids, lengths=lengths[: len(ids)], index=()) for ids in rows.split(ROWS)]
     with tempfile.TemporaryDirectory() as place, Clock() as clock, RunFolder(Path(place)) as folder:
-        stream = Stream(model, decoder_forward, Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=()))
+        few = Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=())
+        stream = Stream(model, decoder_forward, few)
+        for found in smooth(stream, batches[:2], few) if int(smoothed) else ():
+            found.merge.apply(model, found.values)
         groups = [g for g in find_groups(stream)[0] if g.block is not None]
         schemes = {g.name: resolve(scheme_named(scheme), g.k) for g in groups}
         common = {
@@ -55,4 +60,6 @@ if __name__ == "__main__":
         rounded = clock.elapsed
         if int(passes):
             solved = Healing(**common, passes=int(passes)).run(solved)
-    save_weights({f"{layer}.weight": w.dequantize() for layer, w in solved.items()}, out, clock, rounding=rounded)
+    decoded = {f"{layer}.weight": w.dequantize() for layer, w in solved.items()}
+    vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1}
+    save_weights(vectors | decoded, out, clock, rounding=rounded)

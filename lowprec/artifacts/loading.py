@@ -284,6 +284,9 @@ def apply_artefact(
         raise ArtifactError(path, f"has no {OWN_FORM}: load a compressed-tensors artefact with lowprec.load_artefact")
     manifest, solved = read_own_form(path)
     _check_belongs(module, path, manifest)
+    if manifest.form == "lowprec":
+        # Scales may have been merged between layers: what was not quantised belongs to the artefact as well.
+        module.load_state_dict(kept_tensors(path, manifest), strict=False)
     if dtype is not None:
         module.to(dtype)
     return put_into(module, manifest, solved, runtime)

@@ -221,6 +221,11 @@ def _checked(
     return found
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether an artefact of `module` holds all of it, so that other weights than the rounded may differ from it."""
+    return _config_of(module) is not None
+
+
 def _config_of(module: nn.Module) -> Any:
     """The configuration from which transformers rebuilds exactly `module`, or None."""
     name = type(module).__name__

@@ -1,5 +1,6 @@
 """What every stage is given: the model, what is asked of it, and where everything is kept."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from lowprec.artifacts.folder import RunFolder
@@ -14,7 +15,7 @@ from lowprec.targets import Target, target_for
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """One run's givens. `target` and `metric` follow from the settings."""
+    """One run's givens. `target` and `metric` follow from the settings; `undo` gives the model's weights back."""
 
     model: Model
     settings: Settings
@@ -22,6 +23,7 @@ class Context:
     progress: RunProgress
     target: Target
     metric: Metric
+    undo: ExitStack
 
     def with_budget(self, budget: Budget | str | float) -> "Context":
         """The same run with another limit, "2%", 0.02 or a `Budget`.
@@ -40,7 +42,7 @@ class Context:
         return replace(self, settings=replace(self.settings, budget=found), metric=metric)
 
 
-def context_of(model: Model, settings: Settings, folder: RunFolder, progress: RunProgress) -> Context:
+def context_of(model: Model, settings: Settings, folder: RunFolder, progress: RunProgress, undo: ExitStack) -> Context:
     """The context of a run of `model`.
 
     Raises:
@@ -54,4 +56,5 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
         progress=progress,
         target=target_for(settings.target, None if settings.device == "cpu" else settings.device),
         metric=metric_of(settings.budget, model, settings.seed),
+        undo=undo,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowprec.artifacts.own_form import is_whole
 from lowprec.errors import ConfigError, DataError
 from lowprec.formats import schemes_named
 from lowprec.pipeline.context import Context
@@ -23,10 +24,13 @@ from lowprec.steps.solve import Rounder
 from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
+from lowprec.steps.transform import Smoothed, smooth
+from lowprec.transforms import merged
 from lowprec.version import __version__
 
 PROBE_WINDOW = 128
 STATISTICS_BATCH_TOKENS = 2048
+SMOOTHED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,7 +115,7 @@ def prepare(context: Context) -> Prepared:
         allowed, struck_out = candidates(groups, widths, schemes_named(settings.schemes), context.target)
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
-    inputs = _inputs(context, splits, allowed)
+    inputs = _inputs(context, splits, allowed) | _transform(context, stream, splits, gathered.data)
     metric_key = _metric_key(context, splits, tuning)
     _require_sight(context, stream, batched(tuning), {"model": inputs["model"], "metric": metric_key})
     return Prepared(
@@ -139,6 +143,24 @@ def prepare(context: Context) -> Prepared:
         inputs=inputs,
         metric_key=metric_key,
     )
+
+
+def _transform(context: Context, stream: Stream, splits: Splits, data: TokenSet) -> dict[str, str]:
+    """Smooths the model, to be undone at the run's end; what was done as an input of everything after it.
+
+    An artefact that is not the whole model could not hold the weights that this changes: such a model stays as it is.
+    """
+    if not context.settings.smooth or stream.whole or not is_whole(context.model.module):
+        return {}
+    inputs = {"model": context.model.revision, "data": data.digest, "version": __version__}
+    found: tuple[Smoothed, ...] | None = context.folder.read_step("transform", inputs, tuple[Smoothed, ...])
+    if found is None:
+        with context.progress.step("transform", stream.depth, "blocks") as step:
+            batches = data.subset(SMOOTHED_TOKENS).batches(STATISTICS_BATCH_TOKENS)
+            found = smooth(stream, batches, example(splits), step.report)
+        context.folder.write_step("transform", found, inputs)
+    context.undo.enter_context(merged(context.model.module, [(s.merge, s.values) for s in found]))
+    return {"transform": digest(repr(found))} if found else {}
 
 
 def _frequency(context: Context, stream: Stream, group: Group, data: TokenSet) -> Callable[[], torch.Tensor]:
