@@ -9,6 +9,7 @@ from lowprec.formats import scheme_named
 from lowprec.records import CostSample, Group, Origin, Scheme, Workload
 from lowprec.settings import effort_named, parse_budget
 from lowprec.steps.allocate import Allocation, Option, allocate
+from lowprec.steps.correction import Correction
 from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
 from lowprec.steps.verify import Curve, Measured, verify
 
@@ -178,3 +179,48 @@ def test_budgets_are_read_as_people_write_them() -> None:
 def test_unknown_effort_gets_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'balanced'"):
         effort_named("balance")
+
+
+# What rounding a whole mix wins
+
+
+def halves(group: str, scheme: str) -> bool:
+    return scheme == "w4a16-g64" and group != "g11"
+
+
+def world(factor: float) -> object:
+    """A world in which rounding a mix leaves `factor` of what the improved groups were predicted to lose."""
+    predicted = {(g, o.scheme): o.loss for g, found in OPTIONS.items() for o in found}
+
+    def measure(allocation: Allocation) -> Measured:
+        kl = sum(predicted[c] * (factor if halves(*c) else 1.0) for c in allocation.schemes)
+        return Measured(loss=0.4 * kl, upper=0.4 * kl, kl_nats=kl)
+
+    return measure
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.7])
+def test_the_correction_is_what_the_mixes_say(factor: float) -> None:
+    correction = Correction(improved=halves, prior=0.5)
+    found = verify(
+        GROUPS, OPTIONS, 0.006, world(factor), rounds=4, curve=Curve(scale=0.4, power=1.0), correct=correction
+    )
+    assert correction.factor(OPTIONS, ()) == 0.5
+    assert correction.factor(OPTIONS, found.rounds) == pytest.approx(factor)
+    for one in found.rounds:
+        assert one.allocation.loss == pytest.approx(one.measured.kl_nats), "earlier rounds are corrected as well"
+    best = allocate(GROUPS, found.options, 0.006 / 0.4).cost
+    assert found.accepted
+    assert found.chosen.allocation.cost <= best + 0.1 * (16.0 * len(GROUPS) - best)
+
+
+def test_a_correction_stays_within_reason() -> None:
+    correction = Correction(improved=halves, prior=0.5)
+    for factor, held in ((0.0, 0.1), (3.0, 1.0)):
+        found = verify(GROUPS, OPTIONS, 0.006, world(factor), rounds=1, curve=LINEAR, correct=correction)
+        assert correction.factor(OPTIONS, found.rounds) == held
+
+
+def test_nothing_is_corrected_where_nothing_is_improved() -> None:
+    never = Correction(improved=lambda *_: False, prior=0.5)
+    assert never(OPTIONS, ()) == OPTIONS

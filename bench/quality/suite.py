@@ -8,7 +8,6 @@ reference. A method whose result is in the folder already is not run again. The 
 of the judge: 95 %, over units of text, paired with the reference.
 """
 
-import copy
 import json
 import platform
 import subprocess
@@ -43,8 +42,25 @@ HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 CONFIDENCE = 0.95
 EVERYTHING = "all"
-SCHEMES = ("w4a16-g64", "w8a16", "w8a8-int8", "w4a8-int8-g64")
-OURS = (("plain rounding", "rtn", "0"), ("compensated", "gptq-quick", "0"), ("healed", "gptq-quick", "1"))
+PLAIN, COMPENSATED, HEALED = (
+    ("plain rounding", "rtn", "0"),
+    ("compensated", "gptq-quick", "0"),
+    ("healed", "gptq-quick", "1"),
+)
+# (scheme, rounding, whether scales are merged between layers before)
+OURS = (
+    ("w4a16-g64", PLAIN, 0),
+    ("w4a16-g64", COMPENSATED, 0),
+    ("w4a16-g64", HEALED, 0),
+    ("w4a16-g64", HEALED, 1),
+    ("w8a16", PLAIN, 0),
+    ("w8a8-int8", PLAIN, 0),
+    ("w8a8-int8", PLAIN, 1),
+    ("w8a8-int8", COMPENSATED, 1),
+    ("w8a8-int8", HEALED, 1),
+    ("w4a8-int8-g64", HEALED, 0),
+    ("w4a8-int8-g64", HEALED, 1),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +109,7 @@ def methods(peers: Mapping[str, str]) -> list[Method]:
             arguments=(scheme, solver, passes, str(smooth)),
             activation=scheme_named(scheme).activation,
         )
-        for scheme in SCHEMES
-        for kind, solver, passes in OURS
-        for smooth in (0, 1)
+        for scheme, (kind, solver, passes), smooth in OURS
     ]
     if "auto-round" in peers:
         found += [
@@ -146,17 +160,17 @@ class Bench:
 
     def scores(self, weights: Mapping[str, Tensor], activation: str | None) -> tuple[Score, ...]:
         """Per text, and over all of them; `activation` is what the inputs of the blocks' layers are rounded to."""
-        module = copy.deepcopy(self._stream.module)
-        module.load_state_dict({n: w for n, w in weights.items() if not n.startswith("lm_head")}, strict=False)
-        stream = Stream(module, self._stream.forward, self._batches[0])
-        # Decoded weights stay float32 until they are computed with.
         overlay = {
-            layer: Override(weight=lambda w=weights[name]: w.float(), activation=activation)  # type: ignore[misc]
-            for layer in stream.layers
-            if (name := f"{layer}.weight") in weights and stream.block_of(layer) is not None
+            layer: Override(
+                weight=lambda w=weights[name]: w.float(),  # type: ignore[misc]
+                activation=activation,
+                activation_exponents=weights.get(f"{layer}.exponents"),
+            )
+            for layer in self._stream.layers
+            if (name := f"{layer}.weight") in weights and self._stream.block_of(layer) is not None
         }
-        with self._stream.computing(self._dtype), stream.computing(self._dtype):
-            candidate = run_through(stream, self._batches, overlay)
+        with self._stream.computing(self._dtype):
+            candidate = run_through(self._stream, self._batches, overlay)
             table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
         found = paired(table, self._judged, self._batches)
         by_text = [(name, found.source == number) for number, name in enumerate(TEXTS)]

@@ -37,29 +37,35 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place, Clock() as clock, RunFolder(Path(place)) as folder:
         few = Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=())
         stream = Stream(model, decoder_forward, few)
-        for found in smooth(stream, batches[:2], few) if int(smoothed) else ():
-            found.merge.apply(model, found.values)
         groups = [g for g in find_groups(stream)[0] if g.block is not None]
         schemes = {g.name: resolve(scheme_named(scheme), g.k) for g in groups}
+        scales = ()
+        if int(smoothed):
+            scales = smooth(stream, groups, {name: (s,) for name, s in schemes.items()}, batches[:2], few)
         common = {
             "stream": stream,
             "groups": groups,
             "schemes": schemes,
             "batches": batches,
             "outcome": Tokens(),
-            "calibration": Calibration(amax=(), batches=len(batches)),
+            "calibration": Calibration(amax=(), batches=len(batches), smoothed=scales),
         }
         compensation = Compensation(
-            **common, rounder=Rounder(stream, groups, folder, {}, solver), folder=folder, inputs={}, name="quality"
+            **common,
+            rounder=Rounder(stream, groups, folder, {}, solver, smoothed=scales),
+            folder=folder,
+            inputs={},
+            name="quality",
         )
         if solver == "rtn":
-            layers = [(layer, schemes[g.name].weight) for g in groups for layer in g.layers]
-            solved = {layer: compensation.rounder.rounded(layer, fmt) for layer, fmt in layers}
+            rounder = compensation.rounder
+            keys = [(layer, rounder.key_of(g.name, schemes[g.name])) for g in groups for layer in g.layers]
+            solved = {layer: rounder.rounded(layer, key) for layer, key in keys}
         else:
             solved = compensation.run(Scratch(Path(place) / "work", ""))
         rounded = clock.elapsed
         if int(passes):
             solved = Healing(**common, passes=int(passes)).run(solved)
     decoded = {f"{layer}.weight": w.dequantize() for layer, w in solved.items()}
-    vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1}
-    save_weights(vectors | decoded, out, clock, rounding=rounded)
+    divided = {f"{layer}.exponents": w.exponents for layer, w in solved.items() if w.exponents is not None}
+    save_weights(decoded | divided, out, clock, rounding=rounded)

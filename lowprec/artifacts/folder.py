@@ -232,6 +232,8 @@ class RunFolder:
         for layer, weight in weights.items():
             tensors[f"{layer}.codes"] = weight.codes
             tensors[f"{layer}.scale"] = weight.scale
+            if weight.exponents is not None:
+                tensors[f"{layer}.exponents"] = weight.exponents
         formats = {layer: weight.format for layer, weight in weights.items()}
         metadata = {
             "inputs": json.dumps(dict(inputs), sort_keys=True),
@@ -259,7 +261,10 @@ class RunFolder:
                 raise ArtifactError(path, "its content does not match its digest")
             return {
                 layer: QuantizedWeight(
-                    format=WEIGHT_FORMATS[name].name, codes=tensors[f"{layer}.codes"], scale=tensors[f"{layer}.scale"]
+                    format=WEIGHT_FORMATS[name].name,
+                    codes=tensors[f"{layer}.codes"],
+                    scale=tensors[f"{layer}.scale"],
+                    exponents=tensors.get(f"{layer}.exponents"),
                 )
                 for layer, name in json.loads(metadata["formats"]).items()
             }

@@ -28,15 +28,23 @@ class QuantizedWeight:
         format: name of the weight format.
         codes: [N, K], int8 (integer formats; 4-bit codes lie in [-8, 7]) or float8_e4m3fn.
         scale: [N, K / group_size], float32 holding bfloat16 values.
+        exponents: [K] int8, what the columns were multiplied with before they were rounded, as powers of two, until
+            the layer before divides by it (`lowprec.transforms`); None for nothing.
     """
 
     format: str
     codes: Tensor
     scale: Tensor
+    exponents: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, [N, K] float32."""
-        return WEIGHT_FORMATS[self.format].decode(self.codes, self.scale)
+        return self.with_scale(self.scale)
+
+    def with_scale(self, scale: Tensor) -> Tensor:
+        """The weight that the codes with another scale [N, K / group_size] stand for, [N, K] float32."""
+        found = WEIGHT_FORMATS[self.format].decode(self.codes, scale)
+        return found if self.exponents is None else found * torch.exp2(-self.exponents.float())
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """Stage 4: finds the cheapest mix within the budget on tuning data, and rounds it for good."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from lowprec.steps.metrics import expected_curve, limit_of, shown
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import Overlay
 from lowprec.steps.verify import Verified, verify
+from lowprec.transforms import merged, smoothed_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +56,8 @@ class Chosen:
     @property
     def overlay(self) -> Overlay:
         """What the scored model computes with."""
-        return overlay_of(self.prepared.groups, self.schemes, self.solved, self.scored.calibration)
+        calibration = replace(self.scored.calibration, smoothed=())
+        return overlay_of(self.prepared.groups, self.schemes, self.solved, calibration)
 
 
 def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
@@ -75,11 +77,15 @@ def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
 
 
 def choose(scored: Scored, priced: Priced) -> Chosen:
-    """Allocates, verifies, rounds; writes plan.json and the solved groups."""
+    """Allocates, verifies, rounds; writes plan.json and the solved groups.
+
+    The model has the plan's smoothing scales in it until the run ends or another mix is chosen.
+    """
+    scored.prepared.context.undo.close()
     mixes = Mixes(scored)
     verified = _verify(scored, priced, mixes)
     plan = _plan(scored, priced, verified, mixes.rounding_of(verified.chosen.allocation.scheme_of()))
-    solved = mixes.solved(plan.scheme_of())
+    solved = _merged(scored, plan, mixes.solved(plan.scheme_of()))
     limit = limit_of(scored.prepared.context.metric.budget)
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
@@ -87,6 +93,24 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved)}
     _keep(prepared, solved, inputs)
     return Chosen(scored=scored, priced=priced, verified=verified, plan=plan, solved=solved, solved_inputs=inputs)
+
+
+def _merged(scored: Scored, plan: PrecisionPlan, solved: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """Merges the plan's smoothing scales into the model, until the run ends: from here on its layers are given inputs
+    that are divided already. A source that is quantised itself takes them into its own scales.
+    """
+    prepared = scored.prepared
+    found = [smoothed_of(prepared.smoothed, group, scheme_named(name)) for group, name in plan.groups]
+    smoothed = [s for s in found if s is not None]
+    prepared.context.undo.enter_context(merged(prepared.context.model.module, [(s.merge, s.values) for s in smoothed]))
+    after = {layer: replace(weight, exponents=None) for layer, weight in solved.items()}
+    for s in smoothed:
+        if (weight := after.get(s.merge.source)) is not None:
+            rows = slice(s.merge.offset, s.merge.offset + s.merge.channels)
+            scale = weight.scale.clone()
+            scale[rows] *= torch.exp2(-s.values.float())[:, None]
+            after[s.merge.source] = replace(weight, scale=scale)
+    return after
 
 
 def _verify(scored: Scored, priced: Priced, mixes: Mixes) -> Verified:
@@ -98,8 +122,9 @@ def _verify(scored: Scored, priced: Priced, mixes: Mixes) -> Verified:
             limit_of(context.metric.budget),
             mixes.measure,
             context.settings.effort.rounds,
-            expected_curve(context.metric.budget),
+            expected_curve(context.metric.budget, mixes.expected),
             step.report,
+            mixes.correction,
         )
 
 

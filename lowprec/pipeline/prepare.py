@@ -24,8 +24,8 @@ from lowprec.steps.solve import Rounder
 from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
-from lowprec.steps.transform import Smoothed, smooth
-from lowprec.transforms import merged
+from lowprec.steps.transform import smooth
+from lowprec.transforms import Smoothed
 from lowprec.version import __version__
 
 PROBE_WINDOW = 128
@@ -44,6 +44,7 @@ class Prepared:
         allowed, struck_out: group -> schemes that the target runs, bf16 first; and those that it does not.
         gathered, probed: the two halves of the calibration text: for Hessians, for the sensitivity.
         tuning, held_out: what mixes are measured on, and what each look of the judge is taken at.
+        smoothed: scales to be merged between layers where a group's inputs are rounded.
         rounder: rounds groups and remembers them.
         inputs: digests of everything that calibration depends on.
         metric_key: digest of the metric and of its tuning text.
@@ -61,6 +62,7 @@ class Prepared:
     probed: Batched
     tuning: Batched
     held_out: tuple[TokenSet, ...]
+    smoothed: tuple[Smoothed, ...]
     rounder: Rounder
     inputs: Mapping[str, str]
     metric_key: str
@@ -115,7 +117,10 @@ def prepare(context: Context) -> Prepared:
         allowed, struck_out = candidates(groups, widths, schemes_named(settings.schemes), context.target)
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
-    inputs = _inputs(context, splits, allowed) | _transform(context, stream, splits, gathered.data)
+    inputs = _inputs(context, splits, allowed)
+    smoothed = _smoothed(context, stream, groups, allowed, gathered.data, inputs)
+    if smoothed:
+        inputs["smoothed"] = digest(repr(smoothed))
     metric_key = _metric_key(context, splits, tuning)
     _require_sight(context, stream, batched(tuning), {"model": inputs["model"], "metric": metric_key})
     return Prepared(
@@ -131,6 +136,7 @@ def prepare(context: Context) -> Prepared:
         probed=probed,
         tuning=batched(tuning),
         held_out=held_out,
+        smoothed=smoothed,
         rounder=Rounder(
             stream,
             groups,
@@ -138,32 +144,38 @@ def prepare(context: Context) -> Prepared:
             inputs,
             settings.effort.solver,
             settings.workers,
-            {g.name: _frequency(context, stream, g, gathered.data) for g in groups if g.tables},
+            {g.name: _frequency(stream, g, gathered.data) for g in groups if g.tables},
+            smoothed,
         ),
         inputs=inputs,
         metric_key=metric_key,
     )
 
 
-def _transform(context: Context, stream: Stream, splits: Splits, data: TokenSet) -> dict[str, str]:
-    """Smooths the model, to be undone at the run's end; what was done as an input of everything after it.
-
-    An artefact that is not the whole model could not hold the weights that this changes: such a model stays as it is.
+def _smoothed(
+    context: Context,
+    stream: Stream,
+    groups: tuple[Group, ...],
+    allowed: Mapping[str, tuple[Scheme, ...]],
+    data: TokenSet,
+    inputs: Mapping[str, str],
+) -> tuple[Smoothed, ...]:
+    """The scales that would be merged. An artefact that is not the whole model could not hold the layers before, which
+    they change: such a model has none.
     """
-    if not context.settings.smooth or stream.whole or not is_whole(context.model.module):
-        return {}
-    inputs = {"model": context.model.revision, "data": data.digest, "version": __version__}
+    if not context.settings.smooth or not is_whole(context.model.module):
+        return ()
     found: tuple[Smoothed, ...] | None = context.folder.read_step("transform", inputs, tuple[Smoothed, ...])
     if found is None:
         with context.progress.step("transform", stream.depth, "blocks") as step:
             batches = data.subset(SMOOTHED_TOKENS).batches(STATISTICS_BATCH_TOKENS)
-            found = smooth(stream, batches, example(splits), step.report)
+            few = Batch(ids=data.ids[0][None, :8], lengths=torch.tensor([min(8, len(data.ids[0]))]), index=(0,))
+            found = smooth(stream, groups, quantising(allowed), batches, few, step.report)
         context.folder.write_step("transform", found, inputs)
-    context.undo.enter_context(merged(context.model.module, [(s.merge, s.values) for s in found]))
-    return {"transform": digest(repr(found))} if found else {}
+    return found
 
 
-def _frequency(context: Context, stream: Stream, group: Group, data: TokenSet) -> Callable[[], torch.Tensor]:
+def _frequency(stream: Stream, group: Group, data: TokenSet) -> Callable[[], torch.Tensor]:
     """Makes the importance of the rows of a group's table, once, when it is first asked for."""
 
     @functools.cache

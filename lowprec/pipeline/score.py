@@ -74,7 +74,7 @@ def score(prepared: Prepared) -> Scored:
 
 def _calibrate(prepared: Prepared, scratch: Scratch) -> Calibration:
     context, stream = prepared.context, prepared.stream
-    formats = {g: sorted({s.weight for s in x if s.weight}) for g, x in prepared.schemes.items()}
+    formats = {g: sorted({prepared.rounder.key_of(g, s) for s in found}) for g, found in prepared.schemes.items()}
     with context.progress.step("calibrate", stream.depth + 1, "blocks") as step:
         found = calibrate(
             stream,
@@ -87,6 +87,7 @@ def _calibrate(prepared: Prepared, scratch: Scratch) -> Calibration:
             progress=step.report,
             describe=prepared.documents_of,
         )
+        found = replace(found, smoothed=prepared.smoothed)
     context.folder.write_step("calibration", found, prepared.inputs)
     return found
 

@@ -13,7 +13,7 @@ import transformers
 from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.formats import scheme_named
 from lowprec.pipeline.artefact import Artefact, bytes_before, finish, saved, shares
-from lowprec.pipeline.choose import Chosen, options
+from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.prove import Proved
 from lowprec.pipeline.serve import baseline, optimised
@@ -160,7 +160,7 @@ class Accounts:
         metric, names = chosen.prepared.context.metric.budget, chosen.prepared.names
         points = []
         for budget in FRONTIER_BUDGETS:
-            mix = allocate(names, options(chosen.scored, chosen.priced), curve.kl_nats(in_search_unit(metric, budget)))
+            mix = allocate(names, chosen.verified.options, curve.kl_nats(in_search_unit(metric, budget)))
             points.append(
                 FrontierPoint(
                     budget=budget,

@@ -21,11 +21,12 @@ from lowprec.errors import ModelError
 from lowprec.formats.base import as_bfloat16
 from lowprec.formats.fp8 import LARGEST
 from lowprec.formats.int8 import QMAX
-from lowprec.records import Group
+from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream
+from lowprec.transforms import Smoothed, smoothed_of
 
 STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": LARGEST}
 
@@ -35,10 +36,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Absolute maximum of every group's input, for static activation scales, and over how many batches."""
+    """Absolute maximum of every group's input, for static activation scales, and over how many batches.
+
+    `smoothed` are the scales that the input is divided by before it is rounded (`lowprec.steps.transform`).
+    """
 
     amax: tuple[tuple[str, float], ...]
     batches: int
+    smoothed: tuple[Smoothed, ...] = ()
+
+    def exponents_of(self, group: str, scheme: Scheme) -> Tensor | None:
+        """[K] int8, what the group's input is divided by in `scheme`, as powers of two; None for nothing."""
+        found = smoothed_of(self.smoothed, group, scheme)
+        return None if found is None else found.spread
 
     def scale_of(self, group: str, activation: str | None) -> Tensor | None:
         """Static scale of the group's input, a bfloat16 value as checkpoints store it; None for dynamic formats."""

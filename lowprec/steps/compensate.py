@@ -85,11 +85,19 @@ class Compensation:
             ModelError: NaN or infinite activations; names the group.
         """
         solved = self._kept()
-        if all(layer in solved for group in self._quantised for layer in group.layers):
+        if self._whole(solved):
             return solved
         with torch.no_grad(), self.stream.computing(fast_dtype(self.stream)):
             self._through(solved, scratch, progress)
         return solved
+
+    def known(self) -> dict[str, QuantizedWeight] | None:
+        """What an earlier pass has found, None where it did not come to its end."""
+        solved = self._kept()
+        return solved if self._whole(solved) else None
+
+    def _whole(self, solved: Mapping[str, QuantizedWeight]) -> bool:
+        return all(layer in solved for group in self._quantised for layer in group.layers)
 
     @property
     def _quantised(self) -> list[Group]:
@@ -101,8 +109,8 @@ class Compensation:
         for group in self._quantised:
             if group.tables:
                 # The table is read first: what its head would make up for must not move it.
-                fmt = self.schemes[group.name].weight or ""
-                solved |= {layer: self.rounder.rounded(layer, fmt) for layer in group.layers}
+                key = self.rounder.key_of(group.name, self.schemes[group.name])
+                solved |= {layer: self.rounder.rounded(layer, key) for layer in group.layers}
                 continue
             solved |= self.folder.read_solved(f"{group.name}@{self.name}", self.inputs) or {}
         return solved
@@ -178,7 +186,8 @@ class Compensation:
             group, reference = by_name[name], kept.pop(name, {})
             if any(layer not in solved for layer in group.layers):
                 statistics = self._gathered(group, reference, place, overlay)
-                found = self.rounder.solve([(group, self.schemes[name].weight or "", statistics)])[0]
+                key = self.rounder.key_of(name, self.schemes[name])
+                found = self.rounder.solve([(group, key, statistics)])[0]
                 self.folder.write_solved(f"{name}@{self.name}", found, self.inputs)
                 solved |= found
             overlay |= overlay_of([group], self.schemes, solved, self.calibration)

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import QuantizedWeight
 from lowprec.formats.base import as_bfloat16
 from lowprec.records import Group, Scheme
 from lowprec.steps.calibrate import Calibration, Progress
@@ -70,7 +70,7 @@ class _Scales:
     def add(self, gradient: Tensor) -> None:
         """Takes the gradient of the dense weight [N, K], and makes it one of log s [N, groups]."""
         n, groups = self._start.scale.shape
-        grid = WEIGHT_FORMATS[self._start.format].decode(self._start.codes, torch.ones_like(self._start.scale))
+        grid = self._start.with_scale(torch.ones_like(self._start.scale))
         products = (grid.view(n, groups, -1) * gradient.cpu().float().view(n, groups, -1)).sum(-1)
         self._gradient += products * self._start.scale * self._shift.exp()
 

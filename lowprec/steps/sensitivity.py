@@ -36,8 +36,9 @@ from lowprec.records import Group, Scheme, SensitivityRow
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.stream import Call, Stream
+from lowprec.steps.stream import Call, Stream, rounded_input
 from lowprec.steps.tokens import rows_of_batch
+from lowprec.transforms import Smoothed, keys_of
 
 Key = tuple[str, str, str]
 Row = dict[Key, Tensor]
@@ -51,20 +52,22 @@ CHUNK_ELEMENTS = 1 << 22
 class Effects:
     """First-order effects e of each rounding on the sampled log-likelihood, [sequences, columns].
 
-    `columns` names what each column is: (group, "weight", "activation" or "table", format). `events` [sequences] is
-    how many predictions each sequence makes.
+    `columns` names what each column is: (group, "weight", "activation" or "table", format), a format that is smoothed
+    being marked (`lowprec.transforms.keys_of`). `events` [sequences] is how many predictions each sequence makes.
     """
 
     columns: tuple[Key, ...]
     values: Tensor
     events: Tensor
+    smoothed: tuple[Smoothed, ...] = ()
 
     def of(self, group: str, scheme: Scheme) -> Tensor:
         """[sequences] effect of `group` in `scheme`."""
         return torch.stack(self._parts(group, scheme)).sum(0)
 
     def _parts(self, group: str, scheme: Scheme) -> list[Tensor]:
-        kinds = [("weight", scheme.weight), ("activation", scheme.activation), ("table", scheme.weight)]
+        weight, activation = keys_of(self.smoothed, group, scheme)
+        kinds = [("weight", weight), ("activation", activation), ("table", weight)]
         keys = [(group, kind, fmt) for kind, fmt in kinds if fmt is not None]
         # A layer that the output does not depend on got no gradient: rounding it has no effect.
         return [
@@ -89,12 +92,17 @@ class _Probe:
     """Hooks on the layers of some groups that turn (input, output gradient) into effects."""
 
     def __init__(
-        self, stream: Stream, groups: Sequence[Group], weights: Mapping[str, Sequence[str]],
-        activations: Sequence[str], errors: Errors, calibration: Calibration,
+        self, stream: Stream, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], errors: Errors,
+        calibration: Calibration,
     ) -> None:  # fmt: skip
         self._stream, self._groups = stream, groups
-        self._activations = activations
         self._calibration = calibration
+        weights: dict[str, list[str]] = {}
+        self._activations: dict[str, dict[str, Scheme]] = {}
+        for group in groups:
+            keys = {keys_of(calibration.smoothed, group.name, scheme): scheme for scheme in schemes[group.name]}
+            weights[group.name] = sorted({weight for weight, _ in keys if weight})
+            self._activations[group.name] = {key: scheme for (_, key), scheme in keys.items() if key}
         self._errors = {
             layer: errors(layer, weights[group.name]).to(stream.device) for group in groups for layer in group.layers
         }
@@ -156,19 +164,21 @@ class _Probe:
         def hook(_: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
             x, g = self._input.pop(name), grad_output[0]
             self._add(group, "weight", self._weights[group.name], _weight_effects(x, g, self._errors[name]))
-            if self._activations and grad_input[0] is not None:
-                self._add(group, "activation", self._activations, self._input_effects(group, x, grad_input[0]))
+            if (rounded := self._activations[group.name]) and grad_input[0] is not None:
+                self._add(group, "activation", list(rounded), self._input_effects(group, x, grad_input[0]))
 
         return hook
 
     def _input_effects(self, group: Group, x: Tensor, gradient: Tensor) -> Tensor:
         columns = []
-        for name in self._activations:
+        for name, scheme in self._activations[group.name].items():
             # q, k and v read one tensor: round it once.
             key = (x.data_ptr(), name)
             if key not in self._rounding:
-                fmt = ACTIVATION_FORMATS[name]
-                self._rounding[key] = fmt.fake_quantize(x, self._calibration.scale_of(group.name, name)) - x
+                scale = self._calibration.scale_of(group.name, scheme.activation)
+                exponents = self._calibration.exponents_of(group.name, scheme)
+                fmt = ACTIVATION_FORMATS[str(scheme.activation)]
+                self._rounding[key] = rounded_input(x, fmt, scale, exponents) - x
             columns.append((gradient * self._rounding[key]).flatten(1).sum(1))
         return torch.stack(columns, 1)
 
@@ -305,13 +315,10 @@ def effects(
         calibration: what static activation scales come from.
         seed: of the sampled labels.
     """
-    weights = {g.name: sorted({s.weight for s in schemes[g.name] if s.weight}) for g in groups}
-    named = {s.activation for g in groups for s in schemes[g.name] if s.activation}
-    activations = sorted(named)
     run = _Pass(stream=stream, batches=batches, outcome=outcome, scratch=scratch, seed=seed)
 
     def probe(chosen: Sequence[Group]) -> _Probe:
-        return _Probe(stream, chosen, weights, activations, errors, calibration)
+        return _Probe(stream, chosen, schemes, errors, calibration)
 
     columns: list[Key] = []
     values: list[Tensor] = []
@@ -328,7 +335,9 @@ def effects(
     )
     if stream.whole:
         keep(run.whole(probe(groups)))
-        return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
+        return Effects(
+            columns=tuple(columns), values=torch.stack(values, 1), events=events, smoothed=calibration.smoothed
+        )
     calls = [call for _, call in entered]
     start = scratch.note("backward")
     if start is None:
@@ -345,7 +354,7 @@ def effects(
         keep(_stored_rows(scratch, index))
     if shared := [g for g in groups if g.tables]:
         keep(run.entry(probe(shared), gradients))
-    return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events)
+    return Effects(columns=tuple(columns), values=torch.stack(values, 1), events=events, smoothed=calibration.smoothed)
 
 
 def _checkpoint(scratch: Scratch, index: int, rows: Sequence[Row], gradients: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ on the number of workers nor on their order.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from lowprec.solvers.asymmetric import retargeted
 from lowprec.steps.calibrate import Calibration
 from lowprec.steps.linear import output_width, weight_of
 from lowprec.steps.stream import Overlay, Override, Stream
+from lowprec.transforms import Smoothed, keys_of
+from lowprec.transforms.merge import MARK
 
 Wanted = tuple[Group, str, LayerStatistics | None]
 """(group, weight format, statistics) to round."""
@@ -45,6 +48,7 @@ class Rounder:
         solver: name of the solver for formats of fewer than 8 bits.
         workers: threads that round side by side.
         frequency: group -> makes the importance [N] of its rows, for groups with tables.
+        smoothed: the scales that go into weights before they are rounded, where inputs are rounded, too.
     """
 
     def __init__(
@@ -56,34 +60,40 @@ class Rounder:
         solver: str = "gptq",
         workers: int = 2,
         frequency: Mapping[str, Callable[[], Tensor]] | None = None,
+        smoothed: Sequence[Smoothed] = (),
     ) -> None:
+        self._smoothed = smoothed
+        self._exponents = {(s.group, f"{s.weight}{MARK}"): s.spread for s in smoothed}
         self._frequency = frequency or {}
         self._stream, self._groups, self._folder, self._inputs = stream, groups, folder, dict(inputs)
         self._solver, self._workers = solver, workers
         self._group_of = {layer: group.name for group in groups for layer in group.layers}
 
+    def key_of(self, group: str, scheme: Scheme) -> str:
+        """What the group's weights are rounded to in a quantising `scheme`: the format, marked where smoothed."""
+        return str(keys_of(self._smoothed, group, scheme)[0])
+
     def solver_of(self, fmt: str) -> str:
         """Formats of few bits are worth an error-compensating solver; at 8 bits plain rounding is nearly lossless."""
-        return self._solver if WEIGHT_FORMATS[fmt].bits < 8 else "rtn"
+        return self._solver if WEIGHT_FORMATS[_bare(fmt)].bits < 8 else "rtn"
 
     def solve(self, wanted: Sequence[Wanted]) -> list[dict[str, QuantizedWeight]]:
-        """Rounds each (group, format, statistics): layer -> codes and scales.
+        """Rounds each (group, key, statistics): layer -> codes and scales; see `key_of`.
 
         Where the statistics have a drift, the weight that is rounded is `retargeted` first, whatever the solver.
 
         Rows do not depend on each other: a group's layers are stacked, and cut into slices that are rounded side by
         side, so that neither small layers nor a large head leave a worker idle.
         """
-        stacked = [
-            retargeted(torch.cat([self._weight(layer) for layer in group.layers]), statistics)
-            for group, _, statistics in wanted
-        ]
+        prepared = [self._prepared(*item) for item in wanted]
+        stacked = [w for w, _ in prepared]
         jobs = [(i, start) for i, w in enumerate(stacked) for start in range(0, len(w), ROWS_OF_A_JOB)]
 
         def run(job: tuple[int, int]) -> QuantizedWeight:
-            (_, fmt, statistics), (index, start) = wanted[job[0]], job
-            rows = stacked[index][start : start + ROWS_OF_A_JOB]
-            return SOLVERS[self.solver_of(fmt)].solve(rows, WEIGHT_FORMATS[fmt], statistics)
+            index, start = job
+            fmt, (w, statistics) = wanted[index][1], prepared[index]
+            rows = w[start : start + ROWS_OF_A_JOB]
+            return SOLVERS[self.solver_of(fmt)].solve(rows, WEIGHT_FORMATS[_bare(fmt)], statistics)
 
         threads = torch.get_num_threads()
         try:
@@ -96,6 +106,20 @@ class Rounder:
             for index, (group, fmt, _) in enumerate(wanted)
         ]
 
+    def _prepared(
+        self, group: Group, fmt: str, statistics: LayerStatistics | None
+    ) -> tuple[Tensor, LayerStatistics | None]:
+        """The group's weights, stacked, as they are to be rounded, and the statistics that belong to them."""
+        w = retargeted(torch.cat([self._weight(layer) for layer in group.layers]), statistics)
+        exponents = self._exponents.get((group.name, fmt))
+        if exponents is None:
+            return w, statistics
+        factor = torch.exp2(exponents.float())
+        if statistics is not None:
+            hessian = statistics.hessian / factor / factor[:, None]
+            statistics = LayerStatistics(hessian=hessian, tokens=statistics.tokens)
+        return w * factor, statistics
+
     def _layers(self, group: Group, fmt: str, parts: Sequence[QuantizedWeight]) -> dict[str, QuantizedWeight]:
         """Undoes the stacking."""
         widths = [output_width(self._stream.layers[layer]) for layer in group.layers]
@@ -104,7 +128,10 @@ class Rounder:
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return {
             layer: QuantizedWeight(
-                format=fmt, codes=codes[start : start + n].clone(), scale=scales[start : start + n].clone()
+                format=_bare(fmt),
+                codes=codes[start : start + n].clone(),
+                scale=scales[start : start + n].clone(),
+                exponents=self._exponents.get((group.name, fmt)),
             )
             for layer, start, n in zip(group.layers, starts, widths, strict=True)
         }
@@ -128,13 +155,15 @@ class Rounder:
 
     def rounded(self, layer: str, fmt: str) -> QuantizedWeight:
         """The layer in `fmt` as calibration rounded it."""
-        mixed = WEIGHT_FORMATS[fmt]
+        mixed = WEIGHT_FORMATS[_bare(fmt)]
         if isinstance(mixed, MixedRows):
             frequency = self._frequency[self._group_of[layer]]()
             return mixed.mixed(self.rounded(layer, FINE), self.rounded(layer, mixed.coarse), frequency)
         solver = SOLVERS[self.solver_of(fmt)]
         if not solver.needs_statistics:
-            return solver.solve(self._weight(layer), WEIGHT_FORMATS[fmt], None)
+            exponents = self._exponents.get((self._group_of[layer], fmt))
+            w = self._weight(layer) if exponents is None else self._weight(layer) * torch.exp2(exponents.float())
+            return replace(solver.solve(w, WEIGHT_FORMATS[_bare(fmt)], None), exponents=exponents)
         key = f"{self._group_of[layer]}@{fmt}"
         solved = self._folder.read_solved(key, self._inputs)
         if solved is None:
@@ -156,18 +185,24 @@ class Rounder:
         for group in self._groups:
             scheme = schemes[group.name]
             if scheme.name != "bf16":
-                weights = {layer: self._dequantised(layer, scheme) for layer in group.layers}
+                weights = {layer: self._dequantised(group.name, layer, scheme) for layer in group.layers}
                 made |= overrides(group, scheme, calibration, weights)
         return made
 
-    def _dequantised(self, layer: str, scheme: Scheme) -> Callable[[], Tensor] | None:
-        fmt = scheme.weight
-        return None if fmt is None else lambda: self.rounded(layer, fmt).dequantize()
+    def _dequantised(self, group: str, layer: str, scheme: Scheme) -> Callable[[], Tensor] | None:
+        if scheme.weight is None:
+            return None
+        return lambda: self.rounded(layer, self.key_of(group, scheme)).dequantize()
+
+
+def _bare(key: str) -> str:
+    """The weight format of a key."""
+    return key.removesuffix(MARK)
 
 
 def _solved_as(fmt: str) -> str:
-    """The format whose solution on disk `fmt` is made from."""
-    found = WEIGHT_FORMATS[fmt]
+    """The key whose solution on disk `fmt` is made from."""
+    found = WEIGHT_FORMATS[_bare(fmt)]
     return found.coarse if isinstance(found, MixedRows) else fmt
 
 
@@ -178,8 +213,11 @@ Weights = Mapping[str, Callable[[], Tensor] | None]
 def overrides(group: Group, scheme: Scheme, calibration: Calibration, weights: Weights) -> dict[str, Override]:
     """What the layers of `group` compute with in `scheme`, and the tables that share the first one's weight."""
     scale = calibration.scale_of(group.name, scheme.activation)
+    exponents = calibration.exponents_of(group.name, scheme)
     layers = {
-        layer: Override(weight=weight, activation=scheme.activation, activation_scale=scale)
+        layer: Override(
+            weight=weight, activation=scheme.activation, activation_scale=scale, activation_exponents=exponents
+        )
         for layer, weight in weights.items()
     }
     return layers | {table: Override(weight=weights[group.layers[0]]) for table in group.tables}

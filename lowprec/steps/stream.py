@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.formats import ACTIVATION_FORMATS
+from lowprec.formats import ACTIVATION_FORMATS, ActivationFormat
 from lowprec.steps.linear import linear_layers, stored_weight, weight_of
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -39,11 +39,13 @@ class Override:
         weight: makes the [N, K] float32 weight when the block is materialised; None keeps the layer's own.
         activation: name of the format that its input is rounded to, None for none.
         activation_scale: scalar, for static activation formats.
+        activation_exponents: [K], the input is divided by these powers of two while it is rounded; None for nothing.
     """
 
     weight: Callable[[], Tensor] | None
     activation: str | None = None
     activation_scale: Tensor | None = None
+    activation_exponents: Tensor | None = None
 
 
 Overlay = Mapping[str, Override]
@@ -342,11 +344,19 @@ def _rounds_input(override: Override) -> Callable[[nn.Module, tuple[Any, ...]], 
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
-        rounded = fmt.fake_quantize(x.detach(), override.activation_scale)
+        rounded = rounded_input(x.detach(), fmt, override.activation_scale, override.activation_exponents)
         # Where gradients are wanted they pass as if nothing were rounded; elsewhere the rounded values are untouched.
         return (x + (rounded - x).detach() if x.requires_grad else rounded, *args[1:])
 
     return hook
 
 
-__all__ = ["NOTHING", "Call", "Forward", "Overlay", "Override", "Stream", "fast_dtype"]
+def rounded_input(x: Tensor, fmt: ActivationFormat, scale: Tensor | None, exponents: Tensor | None) -> Tensor:
+    """x [..., K] rounded to `fmt`, divided by 2^exponents [K] meanwhile."""
+    if exponents is None:
+        return fmt.fake_quantize(x, scale)
+    factor = torch.exp2(exponents.to(x.device, x.dtype))
+    return fmt.fake_quantize(x / factor, scale) * factor
+
+
+__all__ = ["NOTHING", "Call", "Forward", "Overlay", "Override", "Stream", "fast_dtype", "rounded_input"]

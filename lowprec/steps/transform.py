@@ -11,44 +11,42 @@ to their weight (its scaled value would have to be rounded), layers of models wi
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowprec.formats import WEIGHT_FORMATS
+from lowprec.records import Group, Scheme
 from lowprec.steps.calibrate import Progress
 from lowprec.steps.linear import input_width, output_width, weight_of
 from lowprec.steps.stream import Stream, fast_dtype
-from lowprec.transforms import Merge, fit_exponents
+from lowprec.transforms import Merge, Smoothed, fit_exponents
+from lowprec.transforms.merge import SMOOTHED_ACTIVATION
 
-SAMPLE_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Smoothed:
-    """A merge and its scales' exponents, separated by commas."""
-
-    merge: Merge
-    exponents: str
-
-    @property
-    def values(self) -> Tensor:
-        """[channels] int64."""
-        return torch.tensor([int(value) for value in self.exponents.split(",")])
+SAMPLE_TOKENS, SAMPLE_ROWS = 256, 256
 
 
 @torch.no_grad()
 def smooth(
-    stream: Stream, batches: Sequence[Any], example: Any, progress: Progress = lambda done, total: None
+    stream: Stream,
+    groups: Sequence[Group],
+    schemes: Mapping[str, Sequence[Scheme]],
+    batches: Sequence[Any],
+    example: Any,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Smoothed, ...]:
-    """Scales for every place of the model where they can be merged; changes nothing.
+    """Scales for every group and weight format whose inputs may be rounded to INT8; changes nothing.
 
     Args:
+        schemes: group -> the schemes that it may be given.
         batches: what they are fitted to.
         example: a small batch, to try places with.
     """
+    formats = {g.name: sorted({str(s.weight) for s in schemes[g.name] if _wanted(s)}) for g in groups}
+    reading = {frozenset(g.layers): g.name for g in groups if formats[g.name]}
     found: list[Smoothed] = []
     patterns: list[Merge] = []
     with stream.computing(fast_dtype(stream)):
@@ -59,11 +57,15 @@ def smooth(
             samples: dict[str, list[Tensor]] = {}
             with stream.block(index):
                 block = _Block(stream, index, functools.partial(stream.run, index, hidden[0], calls[0][index]))
-                merges = block.merges(patterns)
-                patterns = [block.relative(merge) for merge in merges]
+                everywhere = block.merges(patterns)
+                patterns = [block.relative(merge) for merge in everywhere]
+                # Where layers of several groups read one tensor, no group can have it scaled alone.
+                merges = [merge for merge in everywhere if frozenset(merge.consumers) in reading]
                 with _sampling(stream, merges, samples):
                     hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
-            found += [_fitted(stream, merge, samples[merge.consumers[0]]) for merge in merges]
+            for merge in merges:
+                group = reading[frozenset(merge.consumers)]
+                found += _fitted(stream, group, merge, samples[merge.consumers[0]], formats[group])
             progress(index + 1, stream.depth)
     return tuple(found)
 
@@ -87,13 +89,23 @@ def _sampling(stream: Stream, merges: Sequence[Merge], samples: dict[str, list[T
             handle.remove()
 
 
-def _fitted(stream: Stream, merge: Merge, parts: Sequence[Tensor]) -> Smoothed:
+def _wanted(scheme: Scheme) -> bool:
+    return scheme.weight is not None and scheme.activation == SMOOTHED_ACTIVATION
+
+
+def _fitted(
+    stream: Stream, group: str, merge: Merge, parts: Sequence[Tensor], formats: Sequence[str]
+) -> Iterator[Smoothed]:
     x = torch.cat(list(parts))
     x = x[:: max(1, len(x) // SAMPLE_TOKENS)]
-    w = torch.cat([weight_of(stream.layers[name]).float() for name in merge.consumers]).to(x.device)
-    with torch.enable_grad():
-        exponents = fit_exponents(x, w, merge.channels, merge.spread)
-    return Smoothed(merge=merge, exponents=",".join(str(int(e)) for e in exponents))
+    w = torch.cat([weight_of(stream.layers[name]) for name in merge.consumers])
+    w = w[:: math.ceil(len(w) / SAMPLE_ROWS)].float().to(x.device)
+    for name in formats:
+        with torch.enable_grad():
+            exponents = fit_exponents(x, w, WEIGHT_FORMATS[name], merge.channels, merge.spread)
+        if exponents.any():
+            text = ",".join(str(int(e)) for e in exponents)
+            yield Smoothed(group=group, weight=name, merge=merge, exponents=text)
 
 
 class _Block:

@@ -10,13 +10,15 @@ with a from the last measurement and p at first that of the metric's `Curve`; fr
 next limit solves upper(L) = limit, kept between the largest L that was accepted and the smallest that was not. At most
 `rounds` mixes are measured; the cheapest accepted one wins.
 
+Predicted losses may be corrected by what was measured; then those of the mixes measured before are, too.
+
 The mix of no predicted loss is the reference itself: it is within every budget without being measured, and is what is
 left when no other mix is accepted.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowprec.steps.allocate import Allocation, Option, allocate, least_loss
 
@@ -25,6 +27,7 @@ ENOUGH_USED = 0.8
 # Aims below the limit: a bound that meets it on tuning text is as often above it as below on other text.
 AIM = 0.9
 POWERS = (0.25, 2.0)
+Options = Mapping[str, Sequence[Option]]
 BISECTIONS, SMALLEST_STEP = 12, 1e-3
 
 
@@ -70,13 +73,15 @@ class Round:
 class Verified:
     """The chosen round, whether it was accepted, all measured rounds in order, and the curve that they lie on.
 
-    The chosen one is none of the rounds when only the reference itself is within the limit.
+    The chosen one is none of the rounds when only the reference itself is within the limit. `options` are those that
+    were given, as the rounds corrected them.
     """
 
     chosen: Round
     accepted: bool
     rounds: tuple[Round, ...]
     curve: Curve
+    options: Options
 
     @property
     def closest(self) -> Round:
@@ -84,14 +89,19 @@ class Verified:
         return min(self.rounds, key=lambda r: r.measured.upper)
 
 
+def _as_they_are(options: Options, taken: Sequence[Round]) -> Options:
+    return options
+
+
 def verify(
     groups: Sequence[str],
-    options: Mapping[str, Sequence[Option]],
+    options: Options,
     limit: float,
     measure: Callable[[Allocation], Measured],
     rounds: int,
     curve: Curve,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    correct: Callable[[Options, Sequence[Round]], Options] = _as_they_are,
 ) -> Verified:
     """Finds the cheapest mix whose measured loss is within `limit`.
 
@@ -101,29 +111,47 @@ def verify(
         measure: measures a mix on tuning data.
         rounds: how many mixes may be measured.
         curve: how the loss is expected to rise with KL.
+        correct: (options, rounds so far) -> options with losses as the rounds say.
     """
     cheapest = allocate(groups, options, float("inf")).cost
-    least = least_loss(groups, options)
     allowed = curve.kl_nats((1.0 - FIRST_MARGIN) * limit)
     taken: list[Round] = []
+    corrected = correct(options, taken)
+    least = least_loss(groups, corrected)
     for number in range(rounds):
-        allocation = _unmeasured(groups, options, max(allowed, least.loss), least.loss, taken, limit)
+        allocation = _unmeasured(groups, corrected, max(allowed, least.loss), least.loss, taken, limit)
         if allocation is None:
             break
         predicted = _through(taken, curve).loss(allocation.loss)
         taken.append(Round(allocation=allocation, predicted=predicted, measured=measure(allocation)))
         progress(number + 1, rounds)
+        corrected = correct(options, taken)
+        least = least_loss(groups, corrected)
+        taken = [_rescored(one, corrected) for one in taken]
         last = taken[-1]
         if last.accepted(limit) and (allocation.cost <= cheapest or last.measured.upper >= ENOUGH_USED * limit):
             break
         allowed = _next(taken, limit, curve)
     chosen = _best(taken, least, limit)
-    return Verified(chosen=chosen, accepted=chosen.accepted(limit), rounds=tuple(taken), curve=_through(taken, curve))
+    return Verified(
+        chosen=chosen,
+        accepted=chosen.accepted(limit),
+        rounds=tuple(taken),
+        curve=_through(taken, curve),
+        options=corrected,
+    )
+
+
+def _rescored(one: Round, options: Options) -> Round:
+    """The round with its mix's loss as `options` predict it now."""
+    losses = {(group, o.scheme): o.loss for group, found in options.items() for o in found}
+    loss = math.fsum(losses[choice] for choice in one.allocation.schemes)
+    return replace(one, allocation=replace(one.allocation, loss=loss))
 
 
 def _unmeasured(
     groups: Sequence[str],
-    options: Mapping[str, Sequence[Option]],
+    options: Options,
     allowed: float,
     floor: float,
     taken: Sequence[Round],

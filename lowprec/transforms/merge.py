@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ModelError
+from lowprec.records import Scheme
 from lowprec.runtime.convert import weight_of
+
+SMOOTHED_ACTIVATION = "int8-token"
+MARK = "~"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,43 @@ class Merge:
                 _scale(part, -exponents if part.ndim == 1 else -exponents[:, None], self.source)
         for name in self.consumers:
             _scale(weight_of(module.get_submodule(name)), self.spread(exponents), name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smoothed:
+    """A merge for one group when its inputs are rounded and its weights have the format `weight`.
+
+    `exponents` are those of the scales, [channels], separated by commas.
+    """
+
+    group: str
+    weight: str
+    merge: Merge
+    exponents: str
+
+    @property
+    def values(self) -> Tensor:
+        """[channels] int64."""
+        return torch.tensor([int(value) for value in self.exponents.split(",")])
+
+    @property
+    def spread(self) -> Tensor:
+        """[K] int8, for each channel of x."""
+        return self.merge.spread(self.values).to(torch.int8)
+
+
+def smoothed_of(smoothed: Sequence[Smoothed], group: str, scheme: Scheme) -> Smoothed | None:
+    """The group's merge in `scheme`; where inputs are not rounded to INT8 by token there is none."""
+    if scheme.activation != SMOOTHED_ACTIVATION:
+        return None
+    return next((s for s in smoothed if s.group == group and s.weight == scheme.weight), None)
+
+
+def keys_of(smoothed: Sequence[Smoothed], group: str, scheme: Scheme) -> tuple[str | None, str | None]:
+    """What tells the group's rounded weights and inputs in `scheme` from others: the formats, marked where smoothed."""
+    if smoothed_of(smoothed, group, scheme) is None:
+        return scheme.weight, scheme.activation
+    return f"{scheme.weight}{MARK}", f"{scheme.activation}{MARK}{scheme.weight}"
 
 
 @torch.no_grad()
