@@ -12,7 +12,6 @@ better beyond noise than every random mix, or when a predicted KL is more than a
 import dataclasses
 import random
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -176,7 +175,7 @@ def main(
     """Measures and prints."""
     settings = Settings(out=out, effort=effort_named(effort), objective=objective, seed=seed)  # type: ignore[arg-type]
     with RunFolder(out) as folder, RunProgress() as progress:
-        context = context_of(load(model), settings, folder, progress, ExitStack())
+        context = context_of(load(model), settings, folder, progress)
         prepared = prepare(context)
         bench = Bench(score(prepared), price(prepared), tokens)
         with progress.step("mixes"):

@@ -11,7 +11,6 @@ overall or 0.9 within the INT4 family.
 import dataclasses
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +75,7 @@ def main(
     """Measures and prints."""
     settings = Settings(out=out, effort=effort_named(effort), objective="bytes")
     with RunFolder(out) as folder, RunProgress() as progress:
-        context = context_of(load(model), settings, folder, progress, ExitStack())
+        context = context_of(load(model), settings, folder, progress)
         found = measured(score(prepare(context)), pairs, tokens, seed)
     ranks = agreement(found, 0.0, 0.0)
     table = Table(title=f"Predicted against measured KL; Spearman over all pairs {ranks.spearman:.3f}")

@@ -124,8 +124,8 @@ def begin(
 ) -> Iterator[Context]:
     """Opens the run's folder and loads the model; the context that it yields is what `prepare` takes.
 
-    The folder is locked until the context ends; then the model's weights are again what they were. Each stage keeps its
-    results there, so that a later run on it, of `begin` or of `optimize`, goes on from them.
+    The folder is locked until the context ends. Each stage keeps its results there, so that a later run on it, of
+    `begin` or of `optimize`, goes on from them.
 
     Args:
         model: a Hugging Face name or folder, a GGUF file, or what `load` or `wrap` returned.
@@ -134,7 +134,7 @@ def begin(
     Raises:
         LowprecError: bad input, a folder that is in use, or a run that would not fit into memory or onto the disk.
     """
-    with RunFolder(settings.out) as folder, progress or RunProgress() as shown, contextlib.ExitStack() as undo:
+    with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
 
         def look(module: nn.Module) -> None:
             require_fit(module, settings, shown)
@@ -147,7 +147,7 @@ def begin(
         if budget is not None:
             found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
             settings = dataclasses.replace(settings, budget=found)
-        yield context_of(model, settings, folder, shown, undo)
+        yield context_of(model, settings, folder, shown)
 
 
 def default_metric(model: Model) -> str:

@@ -88,7 +88,7 @@ def export(chosen: Chosen) -> Loaded:
         "generation_config": model.generation_config,
         "finish": lambda folder: finish(chosen, folder),
     }
-    with context.progress.step("export"):
+    with context.progress.step("export"), chosen.in_model():
         path = context.folder.path / "model"
         try:
             parts = solved | _checkpoint_parts(chosen)

@@ -1,9 +1,11 @@
 """Stage 4: finds the cheapest mix within the budget on tuning data, and rounds it for good."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lowprec.formats import QuantizedWeight, scheme_named
 from lowprec.pipeline.mixes import PLAIN, Mixes
@@ -17,7 +19,7 @@ from lowprec.steps.metrics import expected_curve, limit_of, shown
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import Overlay
 from lowprec.steps.verify import Verified, verify
-from lowprec.transforms import merged, smoothed_of
+from lowprec.transforms import Merge, merged, smoothed_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +28,8 @@ class Chosen:
 
     Attributes:
         verified: the rounds of verification, and the chosen one as it was finally measured.
-        solved: layer -> codes and scales, of quantised layers.
+        merges: the scales that the plan wants between layers; `in_model` puts them there.
+        solved: layer -> codes and scales, of quantised layers, as they are with these scales in the model.
         solved_inputs: digests that name this very rounding.
     """
 
@@ -34,6 +37,7 @@ class Chosen:
     priced: Priced
     verified: Verified
     plan: PrecisionPlan
+    merges: tuple[tuple[Merge, Tensor], ...]
     solved: Mapping[str, QuantizedWeight]
     solved_inputs: Mapping[str, str]
 
@@ -53,9 +57,13 @@ class Chosen:
         schemes = self.schemes
         return {layer: schemes[g.name] for g in self.prepared.groups for layer in g.layers}
 
+    def in_model(self) -> AbstractContextManager[None]:
+        """The model with the plan's scales merged into it while open, as `solved` and `overlay` expect it."""
+        return merged(self.prepared.context.model.module, self.merges)
+
     @property
     def overlay(self) -> Overlay:
-        """What the scored model computes with."""
+        """What the scored model computes with, the plan's scales being merged into it."""
         calibration = replace(self.scored.calibration, smoothed=())
         return overlay_of(self.prepared.groups, self.schemes, self.solved, calibration)
 
@@ -77,39 +85,43 @@ def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
 
 
 def choose(scored: Scored, priced: Priced) -> Chosen:
-    """Allocates, verifies, rounds; writes plan.json and the solved groups.
-
-    The model has the plan's smoothing scales in it until the run ends or another mix is chosen.
-    """
-    scored.prepared.context.undo.close()
+    """Allocates, verifies, rounds; writes plan.json and the solved groups."""
     mixes = Mixes(scored)
     verified = _verify(scored, priced, mixes)
     plan = _plan(scored, priced, verified, mixes.rounding_of(verified.chosen.allocation.scheme_of()))
-    solved = _merged(scored, plan, mixes.solved(plan.scheme_of()))
+    merges = _merges(scored, plan)
+    solved = _behind_merges(mixes.solved(plan.scheme_of()), merges)
     limit = limit_of(scored.prepared.context.metric.budget)
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
     prepared = scored.prepared
     inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved)}
     _keep(prepared, solved, inputs)
-    return Chosen(scored=scored, priced=priced, verified=verified, plan=plan, solved=solved, solved_inputs=inputs)
+    return Chosen(
+        scored=scored, priced=priced, verified=verified, plan=plan, merges=merges, solved=solved, solved_inputs=inputs
+    )
 
 
-def _merged(scored: Scored, plan: PrecisionPlan, solved: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
-    """Merges the plan's smoothing scales into the model, until the run ends: from here on its layers are given inputs
-    that are divided already. A source that is quantised itself takes them into its own scales.
+def _merges(scored: Scored, plan: PrecisionPlan) -> tuple[tuple[Merge, Tensor], ...]:
+    """The smoothing scales of the plan's groups."""
+    smoothed = scored.prepared.smoothed
+    found = [smoothed_of(smoothed, group, scheme_named(name)) for group, name in plan.groups]
+    return tuple((s.merge, s.values) for s in found if s is not None)
+
+
+def _behind_merges(
+    solved: Mapping[str, QuantizedWeight], merges: Sequence[tuple[Merge, Tensor]]
+) -> dict[str, QuantizedWeight]:
+    """The weights once the scales are in the model: inputs are divided by then, and a source that is quantised itself
+    divides by its own scales.
     """
-    prepared = scored.prepared
-    found = [smoothed_of(prepared.smoothed, group, scheme_named(name)) for group, name in plan.groups]
-    smoothed = [s for s in found if s is not None]
-    prepared.context.undo.enter_context(merged(prepared.context.model.module, [(s.merge, s.values) for s in smoothed]))
     after = {layer: replace(weight, exponents=None) for layer, weight in solved.items()}
-    for s in smoothed:
-        if (weight := after.get(s.merge.source)) is not None:
-            rows = slice(s.merge.offset, s.merge.offset + s.merge.channels)
+    for merge, exponents in merges:
+        if (weight := after.get(merge.source)) is not None:
+            rows = slice(merge.offset, merge.offset + merge.channels)
             scale = weight.scale.clone()
-            scale[rows] *= torch.exp2(-s.values.float())[:, None]
-            after[s.merge.source] = replace(weight, scale=scale)
+            scale[rows] *= torch.exp2(-exponents.float())[:, None]
+            after[merge.source] = replace(weight, scale=scale)
     return after
 
 

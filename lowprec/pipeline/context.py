@@ -1,6 +1,5 @@
 """What every stage is given: the model, what is asked of it, and where everything is kept."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from lowprec.artifacts.folder import RunFolder
@@ -15,7 +14,7 @@ from lowprec.targets import Target, target_for
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """One run's givens. `target` and `metric` follow from the settings; `undo` gives the model's weights back."""
+    """One run's givens. `target` and `metric` follow from the settings."""
 
     model: Model
     settings: Settings
@@ -23,7 +22,6 @@ class Context:
     progress: RunProgress
     target: Target
     metric: Metric
-    undo: ExitStack
 
     def with_budget(self, budget: Budget | str | float) -> "Context":
         """The same run with another limit, "2%", 0.02 or a `Budget`.
@@ -42,7 +40,7 @@ class Context:
         return replace(self, settings=replace(self.settings, budget=found), metric=metric)
 
 
-def context_of(model: Model, settings: Settings, folder: RunFolder, progress: RunProgress, undo: ExitStack) -> Context:
+def context_of(model: Model, settings: Settings, folder: RunFolder, progress: RunProgress) -> Context:
     """The context of a run of `model`.
 
     Raises:
@@ -56,5 +54,4 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
         progress=progress,
         target=target_for(settings.target, None if settings.device == "cpu" else settings.device),
         metric=metric_of(settings.budget, model, settings.seed),
-        undo=undo,
     )

@@ -28,8 +28,9 @@ class Proved:
 
 def prove(chosen: Chosen, loaded: Loaded) -> Proved:
     """Parity and verdict of the loaded artefact; one that is not what was scored is never `within`."""
-    parity = parity_of(chosen, loaded)
-    judgement, reused = _judge(chosen, loaded)
+    with chosen.in_model():
+        parity = parity_of(chosen, loaded)
+        judgement, reused = _judge(chosen, loaded)
     return Proved(parity=parity, judgement=_held_back(judgement, parity), reused=reused)
 
 

@@ -37,8 +37,9 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
     context = prepared.context
     settings, metric = context.settings, context.metric.budget
     judgement, accounts = proved.judgement, Accounts(chosen)
-    cost = accounts.cost(artefact)
-    finish(chosen, artefact.path, judgement, cost, artefact.notes, proved.reused)
+    with chosen.in_model():
+        cost = accounts.cost(artefact)
+        finish(chosen, artefact.path, judgement, cost, artefact.notes, proved.reused)
     final = verified.chosen
     return Report(
         model=context.model.name,
