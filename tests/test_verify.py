@@ -209,6 +209,9 @@ def test_the_correction_is_what_the_mixes_say(factor: float) -> None:
     assert correction.factor(OPTIONS, found.rounds) == pytest.approx(factor)
     for one in found.rounds:
         assert one.allocation.loss == pytest.approx(one.measured.kl_nats), "earlier rounds are corrected as well"
+    first = found.rounds[0]
+    assert first.predicted_kl_nats < first.measured.kl_nats * (1.0 if factor > 0.5 else 2.0)
+    assert first.predicted_kl_nats != pytest.approx(first.measured.kl_nats), "what was foreseen stays what it was"
     best = allocate(GROUPS, found.options, 0.006 / 0.4).cost
     assert found.accepted
     assert found.chosen.allocation.cost <= best + 0.1 * (16.0 * len(GROUPS) - best)

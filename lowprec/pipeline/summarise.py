@@ -54,7 +54,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         loss=judgement.loss,
         cost=cost,
         parity=proved.parity,
-        sensitivity=agreement(pairs, final.allocation.loss, final.measured.kl_nats),
+        sensitivity=agreement(pairs, final.predicted_kl_nats, final.measured.kl_nats),
         schemes=shares(chosen),
         groups=tuple(accounts.choice(*choice) for choice in plan.groups),
         unquantised=prepared.unquantised,

@@ -58,10 +58,11 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One measured mix. `predicted` is its loss as foreseen."""
+    """One measured mix. `predicted` and `predicted_kl_nats` are its loss and KL as foreseen before it was measured."""
 
     allocation: Allocation
     predicted: float
+    predicted_kl_nats: float
     measured: Measured
 
     def accepted(self, limit: float) -> bool:
@@ -123,7 +124,14 @@ def verify(
         if allocation is None:
             break
         predicted = _through(taken, curve).loss(allocation.loss)
-        taken.append(Round(allocation=allocation, predicted=predicted, measured=measure(allocation)))
+        taken.append(
+            Round(
+                allocation=allocation,
+                predicted=predicted,
+                predicted_kl_nats=allocation.loss,
+                measured=measure(allocation),
+            )
+        )
         progress(number + 1, rounds)
         corrected = correct(options, taken)
         least = least_loss(groups, corrected)
@@ -220,7 +228,7 @@ def _best(taken: Sequence[Round], least: Allocation, limit: float) -> Round:
     accepted = [r for r in taken if r.accepted(limit)]
     if least.loss == 0.0:
         itself = Measured(loss=0.0, upper=0.0, kl_nats=0.0)
-        accepted.append(Round(allocation=least, predicted=0.0, measured=itself))
+        accepted.append(Round(allocation=least, predicted=0.0, predicted_kl_nats=0.0, measured=itself))
     if accepted:
         return min(accepted, key=lambda r: (r.allocation.cost, r.measured.upper))
     return min(taken, key=lambda r: r.measured.upper)
