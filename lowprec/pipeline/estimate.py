@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
+from lowprec.formats.schemes import ROW_PERCENTS
 from lowprec.settings import Settings
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.tokens import BATCH_TOKENS
 
 LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
+OTHER_FORMATS = 3
 PASSES_FORWARD_BACKWARD = 4
 PROBE_K, PROBE_RUNS = 4096, 7
 # Of a run's time, what its matmuls take; the rest is rounding, softmaxes over the vocabulary, attention, disk.
@@ -51,6 +53,8 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     depth = max((len(m) for m in module.modules() if isinstance(m, nn.ModuleList)), default=1)
     block = 4.0 * parameters / depth
     embedding = 4.0 * sum(p.numel() for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    # The errors of a table that is quantised as well, in every format at once.
+    tables = 0.5 * embedding * (len(ROW_PERCENTS) + OTHER_FORMATS) if settings.shares_tables else 0.0
     samples = 4.0 * hidden * max(effort.held_out_tokens * 2, effort.calibration_tokens + effort.sensitivity_tokens)
     logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
     passes = (
@@ -62,7 +66,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
     )
     return Estimate(
-        memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + samples + logits),
+        memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + tables + samples + logits),
         disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )

@@ -169,8 +169,7 @@ def _smoothed(
     if found is None:
         with context.progress.step("transform", stream.depth, "blocks") as step:
             batches = data.subset(SMOOTHED_TOKENS).batches(STATISTICS_BATCH_TOKENS)
-            few = Batch(ids=data.ids[0][None, :8], lengths=torch.tensor([min(8, len(data.ids[0]))]), index=(0,))
-            found = smooth(stream, groups, quantising(allowed), batches, few, step.report)
+            found = smooth(stream, groups, quantising(allowed), batches, _few(data), step.report)
         context.folder.write_step("transform", found, inputs)
     return found
 
@@ -199,7 +198,11 @@ def _require_sight(context: Context, stream: Stream, tuning: Batched, inputs: Ma
 
 def example(splits: Splits) -> Batch:
     """A few tokens, to find a model's cut with."""
-    ids = splits.calibration.ids[0][:8]
+    return _few(splits.calibration)
+
+
+def _few(data: TokenSet) -> Batch:
+    ids = data.ids[0][:8]
     return Batch(ids=ids[None], lengths=torch.tensor([len(ids)]), index=(0,))
 
 
