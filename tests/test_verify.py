@@ -1,16 +1,21 @@
 """Verification rounds and costs, on made-up numbers."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from lowprec.errors import ConfigError
 from lowprec.formats import scheme_named
-from lowprec.records import CostSample, Group, Origin, Scheme, Workload
+from lowprec.records import Budget, CostSample, Group, Origin, Scheme, Workload
 from lowprec.settings import effort_named, parse_budget
 from lowprec.steps.allocate import Allocation, Option, allocate
 from lowprec.steps.correction import Correction
 from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
+from lowprec.steps.metrics import metric_of, tuning_loss
+from lowprec.steps.tokens import TokenSet
 from lowprec.steps.verify import Curve, Measured, verify
 
 LINEAR = Curve(scale=0.8, power=1.0)
@@ -227,3 +232,22 @@ def test_a_correction_stays_within_reason() -> None:
 def test_nothing_is_corrected_where_nothing_is_improved() -> None:
     never = Correction(improved=lambda *_: False, prior=0.5)
     assert never(OPTIONS, ()) == OPTIONS
+
+
+def test_the_tuning_bound_leaves_room_for_the_noise_of_what_the_judge_will_read() -> None:
+    model: Any = SimpleNamespace(kind="decoder", metric=None, tokenizer=None)
+    metric = metric_of(Budget(), model, 0)
+    count = 40
+    data = TokenSet(
+        ids=tuple(torch.zeros(20, dtype=torch.long) for _ in range(count)),
+        units=tuple(range(count)),
+        sources=(0,) * count,
+        documents=("d",) * count,
+        source_names=("s",),
+    )
+    before = torch.full((count,), 60.0)
+    change = torch.randn(count, generator=torch.Generator().manual_seed(0)) + 1.0
+    table = torch.stack([torch.full((count,), 19.0), before, before + change, before, change.abs()], 1)
+    alike, endless = (tuning_loss(metric, table, data, data.batches(), n, 0) for n in (data.tokens, 10**12))
+    assert alike[0] == endless[0]
+    assert alike[1] - alike[0] == pytest.approx(math.sqrt(2.0) * (endless[1] - endless[0]), rel=1e-3)

@@ -64,7 +64,8 @@ class Tuning:
         reference, metric = self._reference, context.metric
         candidate = run_through(self._prepared.stream, tuning.batches, overlay)
         table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
-        loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, context.settings.seed)
+        judged = sum(held_out.tokens for held_out in self._prepared.held_out)
+        loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, judged, context.settings.seed)
         return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
 
 

@@ -218,11 +218,17 @@ def shown(budget: Budget, loss: float) -> float:
 
 
 def tuning_loss(
-    metric: Metric, table: Tensor, data: TokenSet, batches: Sequence[Any], seed: int
+    metric: Metric, table: Tensor, data: TokenSet, batches: Sequence[Any], judged_tokens: int, seed: int
 ) -> tuple[float, float]:
-    """(estimate, upper bound) at the confidence of one look of the judge, in the unit of the search."""
+    """(estimate, upper bound) at the confidence of one look of the judge, in the unit of the search.
+
+    Args:
+        judged_tokens: of held-out text that the judge may look at. Its bound has a noise of its own, so this one is
+            widened to that of a prediction: by sqrt(1 + tuning tokens / judged tokens).
+    """
     loss = judge([metric.looked(table, data, batches)], metric.budget, data.source_names, seed=seed).loss
-    return in_search_unit(metric.budget, loss.relative), in_search_unit(metric.budget, loss.upper)
+    estimate, upper = (in_search_unit(metric.budget, value) for value in (loss.relative, loss.upper))
+    return estimate, estimate + (upper - estimate) * math.sqrt(1.0 + data.tokens / max(judged_tokens, 1))
 
 
 def metric_of(budget: Budget, model: Model, seed: int) -> Metric:
