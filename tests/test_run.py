@@ -40,6 +40,8 @@ def run(model: Path, out: Path, data: Path, **changed: Any) -> Report:
     settings: dict[str, Any] = {
         "budget": BUDGET,
         "objective": "bytes",
+        # A table of its own form is tests/test_tables.py's.
+        "shared_tables": False,
         "effort": tiny.EFFORT,
         "data": [data],
         "workload": Workload(prompt_tokens=32, output_tokens=8),
