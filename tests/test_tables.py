@@ -38,7 +38,7 @@ from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, TokenSet
 
 ROWS = [name for name in WEIGHT_FORMATS if isinstance(WEIGHT_FORMATS[name], MixedRows)]
-TIED = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}
+TIED = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3": "model.embed_tokens"}
 CALIBRATION = Calibration(amax=(), batches=1)
 
 

@@ -5,6 +5,8 @@ it is asked for. `QuantHead` multiplies with each part by the kernel that is the
 into the order of the vocabulary.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +81,10 @@ class QuantEmbedding(nn.Module):
             raise ConfigError("an embedding with max_norm rewrites its rows, codes cannot be: keep it as it is")
         self.num_embeddings, self.embedding_dim, self.padding_idx = head.out_features, head.in_features, None
         self.dtype = like.weight.dtype
-        # Not a submodule: the head is one elsewhere in the model, and moves with it.
+        # Neither is a submodule: the head is one elsewhere in the model, and `like` would keep its weight in it.
         self.__dict__["_head"] = head
+        self.__dict__["_like"] = copy.copy(like)
+        self.__dict__["_like"]._parameters = {}
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int -> [..., K] in the dtype of the embedding that it stands for."""
@@ -94,12 +98,23 @@ class QuantEmbedding(nn.Module):
                 _rows(head.parts[0], places.clamp_max(fine - 1)),
                 _rows(head.parts[1], (places - fine).clamp_min(0)),
             )
-        return found.view(*ids.shape, head.in_features).to(self.dtype)
+        return read_as(self.__dict__["_like"], found.to(self.dtype), ids.shape)
 
     def _apply(self, fn: object, recurse: bool = True) -> "QuantEmbedding":
         """Follows a cast of the model."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # type: ignore[operator]
         return self
+
+
+def read_as(like: nn.Embedding, rows: Tensor, shape: torch.Size) -> Tensor:
+    """What `like` makes of `rows` [R, K] when it has read them: [*shape, K], R being the product of `shape`.
+
+    Models have embeddings of their own kinds (Gemma's scales what it reads), so theirs is what is run.
+    """
+    reader = copy.copy(like)
+    reader._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+    read: Tensor = reader.forward(torch.arange(len(rows), device=rows.device).view(shape))
+    return read
 
 
 def _rows(layer: QuantLinear, which: Tensor) -> Tensor:

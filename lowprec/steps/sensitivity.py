@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from lowprec.errors import ArtifactError
 from lowprec.formats import ACTIVATION_FORMATS
 from lowprec.records import Group, Scheme, SensitivityRow
+from lowprec.runtime.table import read_as
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
@@ -109,7 +110,7 @@ class _Probe:
         self._weights = weights
         self._input: dict[str, Tensor] = {}
         self._rounding: dict[tuple[int, str], Tensor] = {}
-        self._read: list[tuple[Group, Tensor, Tensor]] = []
+        self._read: list[tuple[Group, nn.Embedding, Tensor, Tensor]] = []
         self.row: Row = {}
 
     @contextlib.contextmanager
@@ -146,10 +147,10 @@ class _Probe:
         return [tables[name].register_forward_hook(self._reads(g)) for g in self._groups for name in g.tables]
 
     def _reads(self, group: Group) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(table: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             # Weights need no gradient here, so the graph starts at what was read.
             leaf = output.detach().requires_grad_()
-            self._read.append((group, args[0], leaf))
+            self._read.append((group, table, args[0], leaf))
             return leaf
 
         return hook
@@ -189,10 +190,11 @@ class _Probe:
 
     def take(self) -> Row:
         """The batch's effects, each [B]; starts anew."""
-        for group, ids, leaf in self._read:
+        for group, table, ids, leaf in self._read:
             if leaf.grad is not None:
                 errors = self._errors[group.layers[0]]
-                self._add(group, "table", self._weights[group.name], _table_effects(ids, leaf.grad, errors))
+                found = _table_effects(table, ids, leaf.grad, errors)
+                self._add(group, "table", self._weights[group.name], found)
         self._read.clear()
         row, self.row = self.row, {}
         self._rounding.clear()
@@ -223,9 +225,10 @@ def _weight_effects(x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
     return total
 
 
-def _table_effects(ids: Tensor, gradient: Tensor, errors: Tensor) -> Tensor:
+def _table_effects(table: nn.Embedding, ids: Tensor, gradient: Tensor, errors: Tensor) -> Tensor:
     """ids [B, T], gradients of what was read [B, T, K], errors [F, N, K] -> [B, F]: sum over t of <dW_f[id_t], g_t>."""
-    columns = [(error[ids].float() * gradient).flatten(1).sum(1) for error in errors]
+    read = (read_as(table, error[ids.flatten()].float(), ids.shape) for error in errors)
+    columns = [(change * gradient).flatten(1).sum(1) for change in read]
     return torch.stack(columns, 1)
 
 
