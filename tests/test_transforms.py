@@ -155,6 +155,17 @@ def test_scales_that_a_format_cannot_hold_are_refused_and_undone() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
+def test_a_consumer_that_cannot_be_scaled_leaves_the_source_alone() -> None:
+    model = tiny.decoder().to(torch.float16)
+    merge = Merge(source="model.layers.0.mlp.up_proj", consumers=("model.layers.0.mlp.down_proj",), channels=128)
+    with torch.no_grad():
+        model.get_submodule(merge.source).weight.fill_(1.0)
+        model.get_submodule(merge.consumers[0]).weight.fill_(6e4)
+    with pytest.raises(ModelError, match="down_proj"):
+        merge.apply(model, torch.full((128,), 3))
+    assert bool((model.get_submodule(merge.source).weight == 1.0).all())
+
+
 # In a run
 
 

@@ -133,7 +133,7 @@ class _Block:
         return [m for consumers in self._readers() if (m := self._source_of(consumers, expected)) is not None]
 
     def _readers(self) -> list[tuple[str, ...]]:
-        """Sets of layers that read one tensor, without those whose weight is another module's, too."""
+        """Sets of layers of this block that read one tensor."""
         reading: dict[int, list[str]] = {}
         for name, calls in self._stream.calls.items():
             if name.startswith(self._prefix) and len(calls) == 1:

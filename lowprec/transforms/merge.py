@@ -46,20 +46,25 @@ class Merge:
             return per_channel
         return per_channel.view(-1, self.head).repeat_interleave(self.repeat, 0).flatten()
 
+    @torch.no_grad()
     def apply(self, module: nn.Module, exponents: Tensor) -> None:
         """Merges the scales 2^exponents [channels, int] into the weights of `module`, in place.
 
         Raises:
             ModelError: a weight that cannot be scaled exactly (beyond the range of its format).
         """
+        scaled: list[tuple[Tensor, Tensor]] = []
         source = module.get_submodule(self.source)
         rows = slice(self.offset, self.offset + self.channels)
         for parameter in (source.weight, getattr(source, "bias", None)):
             if isinstance(parameter, Tensor):
                 part = (parameter if parameter.ndim == 1 else weight_of(source))[rows]
-                _scale(part, -exponents if part.ndim == 1 else -exponents[:, None], self.source)
-        for name in self.consumers:
-            _scale(weight_of(module.get_submodule(name)), self.spread(exponents), name)
+                scaled.append(_scaled(part, -exponents if part.ndim == 1 else -exponents[:, None], self.source))
+        spread = self.spread(exponents)
+        scaled += [_scaled(weight_of(module.get_submodule(name)), spread, name) for name in self.consumers]
+        # Nothing is changed before all of it can be.
+        for part, value in scaled:
+            part.copy_(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +104,13 @@ def keys_of(smoothed: Sequence[Smoothed], group: str, scheme: Scheme) -> tuple[s
     return f"{scheme.weight}{MARK}", f"{scheme.activation}{MARK}{scheme.weight}"
 
 
-@torch.no_grad()
-def _scale(part: Tensor, exponents: Tensor, name: str) -> None:
+def _scaled(part: Tensor, exponents: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The part and what it becomes; ModelError where that is not exact."""
     scale = torch.exp2(exponents.to(part.device, part.dtype))
     scaled = part * scale
     if not torch.equal(scaled / scale, part):
         raise ModelError(f"{name} cannot be scaled by powers of two exactly in {part.dtype}")
-    part.copy_(scaled)
+    return part, scaled
 
 
 @contextlib.contextmanager
