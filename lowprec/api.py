@@ -53,7 +53,7 @@ def optimize(
     effort: Effort | str = "balanced",
     smooth: bool = True,
     heal: bool | None = None,
-    shared_tables: bool | None = None,
+    embeddings: bool | None = None,
     schemes: Sequence[str] = ("fp8", "int8", "int4"),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -73,8 +73,7 @@ def optimize(
         effort: "fast", "balanced" or "best".
         smooth: whether scales are merged between layers before anything is rounded; the model's function stays.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
-        shared_tables: whether an embedding takes the codes of the head that it is tied to, in lowprec's own form;
-            None: when bytes are the objective.
+        embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
         schemes: families or names of schemes that may be chosen; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -101,7 +100,7 @@ def optimize(
         effort=effort if isinstance(effort, Effort) else effort_named(effort),
         smooth=smooth,
         heal=heal,
-        shared_tables=shared_tables,
+        embeddings=embeddings,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,

@@ -68,10 +68,10 @@ def calibrate(
     heal: Annotated[
         bool | None, typer.Option(help="Tune the scales of each measured mix end to end; left out, the effort decides.")
     ] = None,
-    shared_tables: Annotated[
+    embeddings: Annotated[
         bool | None,
         typer.Option(
-            help="Give a tied embedding the codes of its head; the artefact is then in lowprec's own form. "
+            help="Round embeddings, too; the artefact is then in lowprec's own form. "
             "Left out: when bytes are the objective."
         ),
     ] = None,
@@ -110,7 +110,7 @@ def calibrate(
             effort=effort,
             smooth=smooth,
             heal=heal,
-            shared_tables=shared_tables,
+            embeddings=embeddings,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             data=data or (),
             dollars_per_hour=dollars_per_hour,

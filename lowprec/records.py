@@ -43,7 +43,8 @@ class Group:
     """Layers that a runtime fuses and that share one scheme, for example q, k and v of one block.
 
     `n` is the sum of the layers' output widths, `k` their common input width; `block` is None outside the blocks.
-    `tables` are the embeddings that a head shares its weight with and that are therefore stored with it.
+    `tables` are the embeddings that a head shares its weight with and that are therefore stored with it. An embedding
+    that nothing is tied to is a group of its own (`is_embedding`), with itself for a layer and a table.
     """
 
     name: str
@@ -54,6 +55,11 @@ class Group:
     k: int
     parameters: int
     tables: tuple[str, ...] = ()
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its weight is only read from, never multiplied with."""
+        return self.layers[0] in self.tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,8 +97,8 @@ class Settings:
         calibration_device: where calibration computes.
         smooth: whether scales are merged between layers, so that less is lost by rounding; the model's function stays.
         heal: whether mixes are healed; None leaves it to the effort.
-        shared_tables: whether an embedding takes the codes of the head that it is tied to; None: when bytes are the
-            objective. Such an artefact is in lowprec's own form, as no other holds one table for both.
+        embeddings: whether embeddings are rounded as well, one that a head is tied to with the head; None: when bytes
+            are the objective. Such an artefact is in lowprec's own form.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -115,7 +115,7 @@ class Settings:
     calibration_device: str = "cpu"
     smooth: bool = True
     heal: bool | None = None
-    shared_tables: bool | None = None
+    embeddings: bool | None = None
     seed: int = 0
     workers: int = 2
 
@@ -133,9 +133,9 @@ class Settings:
             raise ConfigError(f"seed {self.seed}: give 0 or more")
 
     @property
-    def shares_tables(self) -> bool:
-        """Whether tied embeddings are quantised with their heads."""
-        return self.objective == "bytes" if self.shared_tables is None else self.shared_tables
+    def rounds_embeddings(self) -> bool:
+        """Whether embeddings are quantised."""
+        return self.objective == "bytes" if self.embeddings is None else self.embeddings
 
     @property
     def healing_passes(self) -> int:

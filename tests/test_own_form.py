@@ -207,7 +207,7 @@ def test_the_kernels_run_what_the_dense_weights_are(tmp_path: Path) -> None:
     assert fast.layers[0].codes.dtype == torch.int32
     truth = answer(scored(Plain(), given))
     assert float((answer(fast) - truth).norm() / truth.norm()) < 2e-2
-    with pytest.raises(ModelError, match=r"no linear layer layers\.0.*unconverted"):
+    with pytest.raises(ModelError, match=r"no layer layers\.0.*unconverted"):
         lowprec.apply_artefact(fast, tmp_path / "a")
 
 
@@ -240,7 +240,7 @@ def test_other_models_are_refused_and_left_alone(tmp_path: Path) -> None:
         (other, r"digest \w+, .* was made from \w+ \(org/model\)"),
         (cast, "same precision"),
         (narrow, r"layers\.2 is \[32, 128\], .* has codes for \[64, 128\]"),
-        (renamed, r"no linear layer layers\.0.*did you mean 'layer\.0'"),
+        (renamed, r"no layer layers\.0.*did you mean 'layer\.0'"),
     ):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         with pytest.raises(ModelError, match=words):
@@ -322,7 +322,7 @@ def test_what_cannot_be_stored_is_not_written(tmp_path: Path) -> None:
     weight = good["solved"]["layers.0"]
     odd = QuantizedWeight(format=weight.format, codes=weight.codes, scale=weight.scale * 1.001)
     for changed, words in (
-        ({"schemes": {"layers.9": SCHEMES["w8a16"]}, "solved": {}}, r"layers\.9: the model has no such linear layer"),
+        ({"schemes": {"layers.9": SCHEMES["w8a16"]}, "solved": {}}, r"layers\.9: the model has no such layer"),
         ({"solved": {}}, "but not solved"),
         ({"schemes": {}}, "no scheme quantises it"),
         ({"input_scales": {}}, "needs an input scale"),

@@ -28,7 +28,7 @@ SMALL = Effort(
 @pytest.mark.timeout(900)
 def test_the_demo_model_in_small(tmp_path: Path) -> None:
     assert DEMO.exists(), "bash ci/demo_model.sh BIN .demo puts it there"
-    report = optimize(DEMO, out=tmp_path / "out", budget="5%", objective="bytes", effort=SMALL, shared_tables=False)
+    report = optimize(DEMO, out=tmp_path / "out", budget="5%", objective="bytes", effort=SMALL, embeddings=False)
     assert report.verdict == "inconclusive", "4,096 tokens carry no verdict"
     assert report.loss.relative < 0.06
     assert report.parity.holds

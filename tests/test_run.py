@@ -41,7 +41,7 @@ def run(model: Path, out: Path, data: Path, **changed: Any) -> Report:
         "budget": BUDGET,
         "objective": "bytes",
         # A table of its own form is tests/test_tables.py's.
-        "shared_tables": False,
+        "embeddings": False,
         "effort": tiny.EFFORT,
         "data": [data],
         "workload": Workload(prompt_tokens=32, output_tokens=8),

@@ -19,16 +19,17 @@ from lowprec.artifacts.own_form import write_own_form
 from lowprec.artifacts.safetensors_io import read_header
 from lowprec.artifacts.source import weights_digest
 from lowprec.errors import ArtifactError, ConfigError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, scheme_named
+from lowprec.formats import SCHEMES, WEIGHT_FORMATS, QuantizedWeight, scheme_named
 from lowprec.formats.rows import FINE, MixedRows
-from lowprec.records import Group, Scheme
+from lowprec.records import Group, Scheme, Workload
 from lowprec.runtime import KernelTable, convert_
 from lowprec.runtime.table import QuantEmbedding, QuantHead
 from lowprec.settings import Settings
 from lowprec.steps.calibrate import Calibration, calibrate
+from lowprec.steps.cost import candidates, group_costs, time_shapes
 from lowprec.steps.frequency import token_frequency
 from lowprec.steps.graph import find_groups
-from lowprec.steps.load import decoder_forward
+from lowprec.steps.load import decoder_forward, sentence_forward
 from lowprec.steps.measure import compare, compare_tokens, mean_kl, measure_pairs, run_through
 from lowprec.steps.outcome import Tokens
 from lowprec.steps.scratch import Scratch
@@ -36,9 +37,11 @@ from lowprec.steps.sensitivity import effects
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, TokenSet
+from lowprec.targets import TARGETS
 
 ROWS = [name for name in WEIGHT_FORMATS if isinstance(WEIGHT_FORMATS[name], MixedRows)]
 TIED = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3": "model.embed_tokens"}
+EMBEDDING = "model.embed_tokens"
 CALIBRATION = Calibration(amax=(), batches=1)
 
 
@@ -58,7 +61,7 @@ def batches(count: int = 2) -> list[Batch]:
 
 def built(name: str = "llama") -> tuple[Stream, tuple[Group, ...], Group]:
     stream = Stream(tiny.decoder(name), decoder_forward, batches(1)[0])
-    groups, _ = find_groups(stream, share_tables=True)
+    groups, _ = find_groups(stream, embeddings=True)
     return stream, groups, groups[-1]
 
 
@@ -121,14 +124,14 @@ def test_a_tied_embedding_joins_the_head_when_it_is_to_be_shared(name: str) -> N
     alone, unquantised = find_groups(stream)
     assert not any(group.tables for group in alone)
     assert TIED[name] in {u.name for u in unquantised}
-    assert TIED[name] not in {u.name for u in find_groups(stream, share_tables=True)[1]}
+    assert TIED[name] not in {u.name for u in find_groups(stream, embeddings=True)[1]}
 
 
-def test_bytes_as_the_objective_share_tables_and_others_do_not() -> None:
-    assert Settings(out=Path("x"), objective="bytes").shares_tables
-    assert not Settings(out=Path("x"), objective="time").shares_tables
-    assert Settings(out=Path("x"), objective="time", shared_tables=True).shares_tables
-    assert not Settings(out=Path("x"), objective="bytes", shared_tables=False).shares_tables
+def test_bytes_as_the_objective_embeddings_and_others_do_not() -> None:
+    assert Settings(out=Path("x"), objective="bytes").rounds_embeddings
+    assert not Settings(out=Path("x"), objective="time").rounds_embeddings
+    assert Settings(out=Path("x"), objective="time", embeddings=True).rounds_embeddings
+    assert not Settings(out=Path("x"), objective="bytes", embeddings=False).rounds_embeddings
 
 
 def planned(groups: tuple[Group, ...], head: Group, scheme: str) -> dict[str, Scheme]:
@@ -195,13 +198,113 @@ def test_frequency_is_the_mean_probability() -> None:
         ids=tuple(tiny.batch(1, 16, i)[0] for i in range(4)), units=(0,) * 4, sources=(0,) * 4, documents=("d",) * 4,
         source_names=("s",),
     )  # fmt: skip
-    found = token_frequency(stream, head.n, data)
+    found = token_frequency(stream, head, data)
     with torch.no_grad():
         logits = tiny.decoder()(torch.stack(data.ids)).logits
     expected = logits.float().softmax(-1).mean((0, 1))
     assert float(found.sum()) == pytest.approx(1.0, abs=1e-3)
     assert float((found - expected).abs().sum()) < 0.05
-    assert torch.equal(token_frequency(stream, 7, data), torch.ones(7)), "outputs that are no vocabulary say nothing"
+
+
+def test_where_outputs_are_no_vocabulary_rows_matter_by_how_often_they_are_read() -> None:
+    stream = Stream(tiny.encoder(), sentence_forward, batches(1)[0])
+    words = next(g for g in find_groups(stream, embeddings=True)[0] if "word" in g.name)
+    ids = torch.cat([torch.full((12,), 7), torch.full((4,), 9)])
+    data = TokenSet(ids=(ids,), units=(0,), sources=(0,), documents=("d",), source_names=("s",))
+    found = token_frequency(stream, words, data)
+    assert found.nonzero().flatten().tolist() == [7, 9]
+    assert found[[7, 9]].tolist() == [12, 4]
+
+
+# Embeddings that nothing is tied to
+
+
+def untied() -> tuple[Stream, Group]:
+    stream = Stream(tiny.decoder("llama-untied"), decoder_forward, batches(1)[0])
+    return stream, find_groups(stream, embeddings=True)[0][0]
+
+
+def test_an_untied_embedding_is_a_group_of_its_own() -> None:
+    stream, group = untied()
+    assert group.is_embedding
+    assert (group.layers, group.tables) == ((EMBEDDING,), (EMBEDDING,))
+    assert (group.n, group.k, group.block) == (tiny.WORDS, 64, None)
+    assert EMBEDDING not in {u.name for u in find_groups(stream, embeddings=True)[1]}
+    alone, unquantised = find_groups(stream)
+    assert not any(g.is_embedding for g in alone)
+    assert EMBEDDING in {u.name for u in unquantised}
+
+
+def test_positions_are_not_read_by_tokens() -> None:
+    stream = Stream(tiny.decoder("gpt2"), decoder_forward, batches(1)[0])
+    assert stream.token_tables == ("transformer.wte",)
+    assert not any(g.is_embedding for g in find_groups(stream, embeddings=True)[0])
+
+
+@pytest.mark.parametrize("change", ["small", "rewritten"])
+def test_embeddings_that_codes_do_not_suit_stay(change: str) -> None:
+    model = tiny.decoder("llama-untied")
+    if change == "small":
+        model.model.embed_tokens = nn.Embedding(2, 64, dtype=torch.bfloat16)
+        batch = Batch(ids=torch.ones(1, 8, dtype=torch.long), lengths=torch.tensor([8]), index=(0,))
+    else:
+        model.model.embed_tokens.max_norm = 1.0
+        batch = batches(1)[0]
+    groups, unquantised = find_groups(Stream(model, decoder_forward, batch), embeddings=True)
+    assert not any(g.is_embedding for g in groups)
+    assert EMBEDDING in {u.name for u in unquantised}
+
+
+def test_an_embedding_is_offered_no_rounded_inputs_and_costs_no_time() -> None:
+    _, group = untied()
+    schemes = [scheme_named(s) for s in ("w8a16", "w8a8-int8", "w4a16", "w4a16-rows6")]
+    widths = {group.name: (group.n,)}
+    allowed, _ = candidates([group], widths, schemes, TARGETS["torch"])
+    assert [s.name for s in allowed[group.name]] == ["bf16", "w8a16", "w4a16-g64", "w4a16-g64-rows6"]
+    assert time_shapes([group], widths, allowed, Workload(), TARGETS["torch"]) == []
+    costs = group_costs([group], widths, allowed, Workload(), [])
+    assert {c.us for c in costs.values()} == {0.0}
+    assert costs[group.name, "w8a16"].bytes == group.n * (group.k + 2)
+
+
+def test_effects_of_an_embedding_are_the_gradient_of_its_weight(tmp_path: Path) -> None:
+    stream, group = untied()
+    data, scheme = batches(3), scheme_named("w4a16-g64")
+    w = stream.tables[EMBEDDING].weight.detach().float()
+    error = (tiny.rounded(w, "int4-g64").dequantize() - w).to(torch.bfloat16)
+    scratch = Scratch(tmp_path / "s", "d")
+    calibration = calibrate(stream, [group], data, Tokens(), lambda _: None, scratch, probing=2)
+    found = effects(
+        stream, [group], {group.name: (scheme,)}, data[1:], Tokens(), lambda *_: error[None], calibration, scratch,
+        seed=5,
+    )  # fmt: skip
+    model = tiny.decoder("llama-untied").float()
+    for position, batch in enumerate(data[1:]):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + position)
+        likelihood = Tokens().sampled_log_likelihood(model(batch.ids).logits, batch, generator)
+        (gradient,) = torch.autograd.grad(likelihood, model.get_input_embeddings().weight)
+        together = found.of(group.name, scheme)[2 * position : 2 * position + 2].sum()
+        assert float(together) == pytest.approx(float((gradient * error.float()).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["int4-g64-rows25", "int4-g64", "int8"])
+def test_an_embedding_with_codes_of_its_own_reads_them(fmt: str, tmp_path: Path) -> None:
+    model = tiny.decoder("llama-untied")
+    solved = {EMBEDDING: tiny.rounded(model.get_input_embeddings().weight.detach(), fmt)}
+    scheme = next(s for s in SCHEMES.values() if s.weight == fmt and s.activation is None)
+    write_own_form(
+        tmp_path / "a", module=model, name="m", revision=weights_digest(model), solved=solved,
+        schemes={EMBEDDING: scheme},
+    )  # fmt: skip
+    ids = tiny.batch(2, 12)
+    loaded, _ = lowprec.load_artefact(tmp_path / "a")
+    assert torch.equal(loaded.get_input_embeddings().weight, solved[EMBEDDING].dequantize())
+    converted = lowprec.apply_artefact(model, tmp_path / "a", runtime=True)
+    table = converted.get_submodule(EMBEDDING)
+    assert isinstance(table, QuantEmbedding)
+    assert torch.equal(table(ids), loaded.get_input_embeddings()(ids).to(torch.bfloat16))
+    # Its codes are its own, so they are saved and moved with the model.
+    assert any(name.startswith(f"{EMBEDDING}.table.") for name in converted.state_dict())
 
 
 # The runtime
@@ -316,6 +419,23 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
 
 
 # All of a run
+
+
+def test_a_run_for_bytes_quantises_an_embedding_that_is_not_tied(tmp_path: Path) -> None:
+    report = lowprec.optimize(
+        str(tiny.folder(tmp_path / "m", "llama-untied")), out=tmp_path / "out", budget="90%", objective="bytes",
+        effort=dataclasses.replace(tiny.EFFORT, compensated=True, healing_passes=1),
+        data=[str(tiny.text(tmp_path / "t.jsonl"))], schemes=["int8", "int4"],
+    )  # fmt: skip
+    table = next(g for g in report.groups if g.group == EMBEDDING)
+    assert table.scheme != "bf16"
+    assert report.parity.holds
+    assert EMBEDDING not in {u.name for u in report.unquantised}
+    loaded, _ = lowprec.load_artefact(tmp_path / "out" / "model")
+    assert torch.equal(
+        loaded.get_input_embeddings().weight, read_back(tmp_path / "out" / "model")[EMBEDDING].dequantize()
+    )
+    assert report.cost.after == pytest.approx(report.cost.weight_bytes_after, rel=0.02)
 
 
 @pytest.mark.parametrize("name", TIED)

@@ -179,7 +179,7 @@ def heavy(place: Path) -> Path:
 def optimised(place: Path, model: object, **changed: object) -> lowprec.Report:
     given: dict[str, object] = {
         "out": place / "out", "budget": "90%", "data": [str(tiny.text(place / "t.jsonl"))], "effort": tiny.EFFORT,
-        "schemes": ["w8a8-int8"], "objective": "bytes", "shared_tables": False,
+        "schemes": ["w8a8-int8"], "objective": "bytes", "embeddings": False,
     }  # fmt: skip
     return lowprec.optimize(model, **given | changed)  # type: ignore[arg-type]
 

@@ -46,7 +46,7 @@ from lowprec.formats.schemes import SCHEMES
 from lowprec.records import Scheme
 from lowprec.registry import closest
 from lowprec.runtime import KernelTable, convert_
-from lowprec.runtime.convert import linear_layers, stored_weight, weight_of
+from lowprec.runtime.convert import stored_weight, weight_of, weighted_modules
 
 Activations = Literal["planned", "library"]
 MARK = "lowprec_artefact"
@@ -293,12 +293,12 @@ def apply_artefact(
 
 
 def _check_belongs(module: nn.Module, path: Path, manifest: Manifest) -> None:
-    known = linear_layers(module)
+    known = weighted_modules(module)
     for layer in manifest.layers:
         if layer.name not in known:
             near = closest(layer.name, list(known)).partition("known:")[0]
             raise ModelError(
-                f"this {type(module).__name__} has no linear layer {layer.name}, which {path} replaces; {near}"
+                f"this {type(module).__name__} has no layer {layer.name}, which {path} replaces; {near}"
                 f"give the {manifest.module} that was optimised, unconverted"
             )
         found = tuple(weight_of(known[layer.name]).shape)
@@ -321,7 +321,7 @@ def put_into(
     module: nn.Module, manifest: Manifest, solved: Mapping[str, QuantizedWeight], runtime: bool = False
 ) -> nn.Module:
     """Replaces the layers without asking whose they are; see `apply_artefact`."""
-    layers = linear_layers(module)
+    layers = weighted_modules(module)
     scales = {x.name: torch.tensor(x.input_scale) for x in manifest.layers if x.input_scale is not None}
     if runtime and solved:
         like = weight_of(layers[next(iter(solved))])

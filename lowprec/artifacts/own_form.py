@@ -55,7 +55,7 @@ from lowprec.formats.base import SCALE_DTYPE
 from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import SCHEMA_VERSION, ArtefactForm, Scheme, digest, from_json, to_json
 from lowprec.registry import closest
-from lowprec.runtime.convert import linear_layers, weight_of
+from lowprec.runtime.convert import weight_of, weighted_modules
 from lowprec_kernels.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 WEIGHTS = "lowprec.safetensors"
@@ -202,13 +202,13 @@ def _checked(
     scales: Mapping[str, float],
 ) -> list[tuple[str, Scheme, tuple[int, int]]]:
     """The quantised layers with their shapes; UnsupportedError with every reason why they cannot be stored."""
-    known = linear_layers(module)
+    known = weighted_modules(module)
     quantised = {layer: scheme for layer, scheme in schemes.items() if scheme.weight is not None}
     reasons = [f"{layer}: solved, but no scheme quantises it" for layer in sorted(set(solved) - set(quantised))]
     found = []
     for layer, scheme in quantised.items():
         if layer not in known:
-            reasons.append(f"{layer}: the model has no such linear layer; {closest(layer, list(known))}")
+            reasons.append(f"{layer}: the model has no such layer; {closest(layer, list(known))}")
         elif layer not in solved:
             reasons.append(f"{layer}: planned as {scheme.name}, but not solved")
         else:

@@ -112,8 +112,8 @@ def export(chosen: Chosen) -> Loaded:
 def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
     """What a compressed-tensors checkpoint needs beyond codes and scales."""
     model = chosen.prepared.context.model
-    if table := next((table for layer in chosen.solved for table in tables_of(chosen).get(layer, ())), None):
-        raise UnsupportedError(f"{table} has the codes of the head that it is tied to, which no checkpoint holds once")
+    if table := next((t for g in chosen.prepared.groups if g.layers[0] in chosen.solved for t in g.tables), None):
+        raise UnsupportedError(f"{table} is an embedding in codes, which other runtimes do not read")
     if model.config is None or not getattr(model.config, "architectures", None):
         raise UnsupportedError(f"{model.name} has no transformers configuration with an architecture")
     return {
@@ -163,8 +163,9 @@ def _load(chosen: Chosen, artefact: Artefact) -> Stream:
 
 
 def tables_of(chosen: Chosen) -> dict[str, tuple[str, ...]]:
-    """Layer -> the embeddings that share its codes."""
-    return {layer: g.tables for g in chosen.prepared.groups if g.tables for layer in g.layers}
+    """Layer -> the embeddings that share its codes; one that shares them with nothing has none."""
+    shared = {layer: g.tables for g in chosen.prepared.groups if g.tables for layer in g.layers}
+    return {layer: tuple(name for name in tables if name != layer) for layer, tables in shared.items()}
 
 
 def _held_as_codes(
@@ -179,7 +180,7 @@ def _held_as_codes(
         # One maker, so that a head and its table are made once.
         make = weight.dequantize
         shared = [(name, stream.tables[name]) for name in tables.get(layer, ())]
-        for name, module in [(layer, stream.layers[layer]), *shared]:
+        for name, module in [(layer, stream.weighted[layer]), *shared]:
             if torch.equal(weight_of(module).float(), make()):
                 overlay[name] = Override(weight=make)
                 module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)

@@ -54,7 +54,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     block = 4.0 * parameters / depth
     embedding = 4.0 * sum(p.numel() for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
     # The errors of a table that is quantised as well, in every format at once.
-    tables = 0.5 * embedding * (len(ROW_PERCENTS) + OTHER_FORMATS) if settings.shares_tables else 0.0
+    tables = 0.5 * embedding * (len(ROW_PERCENTS) + OTHER_FORMATS) if settings.rounds_embeddings else 0.0
     samples = 4.0 * hidden * max(effort.held_out_tokens * 2, effort.calibration_tokens + effort.sensitivity_tokens)
     logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
     passes = (

@@ -110,10 +110,10 @@ def prepare(context: Context) -> Prepared:
         splits = _split(context)
     with context.progress.step("graph"):
         stream = Stream(model.module, model.forward, example(splits), device=settings.calibration_device)
-        groups, unquantised = find_groups(stream, settings.shares_tables)
+        groups, unquantised = find_groups(stream, settings.rounds_embeddings)
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
-        widths = {g.name: tuple(output_width(stream.layers[layer]) for layer in g.layers) for g in groups}
+        widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}
         allowed, struck_out = candidates(groups, widths, schemes_named(settings.schemes), context.target)
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
@@ -179,7 +179,7 @@ def _frequency(stream: Stream, group: Group, data: TokenSet) -> Callable[[], tor
 
     @functools.cache
     def made() -> torch.Tensor:
-        return token_frequency(stream, group.n, data)
+        return token_frequency(stream, group, data)
 
     return made
 
@@ -235,12 +235,12 @@ def _halves(whole: TokenSet, effort: Effort) -> tuple[Batched, Batched]:
 def _inputs(context: Context, splits: Splits, allowed: Mapping[str, tuple[Scheme, ...]]) -> dict[str, str]:
     settings = context.settings
     schemes = {group: [s.name for s in found] for group, found in quantising(allowed).items()}
-    shared = " shared" if settings.shares_tables else ""
+    embeddings = " embeddings" if settings.rounds_embeddings else ""
     effort = settings.effort
     return {
         "model": context.model.revision,
         "data": splits.calibration.digest,
-        "schemes": digest(json.dumps(schemes, sort_keys=True) + shared),
+        "schemes": digest(json.dumps(schemes, sort_keys=True) + embeddings),
         "output": _output_digest(context, splits),
         # The text says how much of it there is; what only later stages use does not make calibration anew.
         "effort": digest(effort.solver, str(effort.calibration_tokens), str(effort.sensitivity_tokens)),

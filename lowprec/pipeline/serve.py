@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lowprec.formats import QuantizedWeight, scheme_named
-from lowprec.pipeline.artefact import input_scales
+from lowprec.pipeline.artefact import input_scales, tables_of
 from lowprec.pipeline.choose import Chosen
 from lowprec.records import Scheme
 from lowprec.runtime.convert import convert_
@@ -30,7 +30,7 @@ def converted(
     chosen: Chosen, solved: Mapping[str, QuantizedWeight], schemes: Mapping[str, Scheme]
 ) -> Iterator[nn.Module]:
     module = chosen.prepared.context.model.module
-    tables = {layer: g.tables for g in chosen.prepared.groups for layer in g.layers if layer in solved}
+    tables = {layer: names for layer, names in tables_of(chosen).items() if layer in solved}
     named = [*schemes, *(table for found in tables.values() for table in found)]
     originals = {name: module.get_submodule(name) for name in named}
     scales = {layer: scale for layer, scale in input_scales(chosen).items() if layer in solved}

@@ -14,9 +14,9 @@ from lowprec.errors import ConfigError, ModelError
 from lowprec.formats import QuantizedWeight, for_tables
 from lowprec.records import Scheme
 from lowprec.registry import closest
-from lowprec.runtime.dispatch import KernelTable
+from lowprec.runtime.dispatch import REFERENCE, KernelTable
 from lowprec.runtime.linear import QuantLinear
-from lowprec.runtime.table import QuantEmbedding, QuantHead
+from lowprec.runtime.table import QuantEmbedding, QuantHead, stored
 from lowprec_kernels.kernel import Operands
 
 
@@ -30,8 +30,13 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
 
 
+def weighted_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name -> linear layer or embedding: all that has a weight [N, K] to be rounded."""
+    return linear_layers(module) | {name: m for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
+
+
 def weight_of(layer: nn.Module) -> Tensor:
-    """The layer's weight as [N, K], a view."""
+    """The weight of a layer or an embedding as [N, K], a view."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if _is_conv1d(layer) else weight.detach()
@@ -63,16 +68,24 @@ def _replacement(
     activation_scale: Tensor | None,
 ) -> QuantLinear | QuantHead | None:
     dense = weight_of(module)
+    if isinstance(module, nn.Embedding):
+        # Rows are read and never multiplied, so no kernel is looked for.
+        return None if weight is None else stored(scheme, _of_shape(name, weight, dense), None, REFERENCE)
     if weight is None:
         # A layer that stays dense runs the form that its cost was measured with; in other dtypes it stays as it is.
         if dense.dtype != torch.bfloat16 or not isinstance(kernels, KernelTable):
             return None
         return QuantLinear(Operands(weight="bf16", codes=dense.contiguous(), bias=_bias(module)), scheme, kernels)
+    weight = _of_shape(name, weight, dense)
+    if for_tables(scheme):
+        return stored(scheme, weight, _bias(module), kernels)
+    return QuantLinear.from_quantized(weight, scheme, _bias(module), kernels=kernels, activation_scale=activation_scale)
+
+
+def _of_shape(name: str, weight: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
     if weight.codes.shape != dense.shape:
         raise ModelError(f"{name}: codes are {tuple(weight.codes.shape)}, the layer's weight {tuple(dense.shape)}")
-    if for_tables(scheme):
-        return QuantHead(scheme, weight, _bias(module), kernels)
-    return QuantLinear.from_quantized(weight, scheme, _bias(module), kernels=kernels, activation_scale=activation_scale)
+    return weight
 
 
 def convert_(
@@ -87,33 +100,37 @@ def convert_(
     """Replaces the layers named in `schemes`, in place, and returns `model`.
 
     Args:
-        solved: layer name -> codes and scales, for every layer whose scheme quantises.
-        schemes: layer name -> scheme. A bf16 layer is replaced only where its weight is bfloat16 and `kernels` is a
+        solved: name of a layer or embedding -> codes and scales, for all whose scheme quantises.
+        schemes: name -> scheme. A bf16 layer is replaced only where its weight is bfloat16 and `kernels` is a
             table, so that it runs the form that was measured; else it stays.
         kernels: a table of measured choices, or the name of one kernel for all layers.
         activation_scales: layer name -> calibrated scale, for static schemes.
         tables: layer name -> the embeddings that read its codes, where it has any.
 
     Raises:
-        ConfigError: a name that is no linear layer of the model, a scheme without a solved weight.
+        ConfigError: a name that is no linear layer or embedding of the model, a scheme without a solved weight.
         ModelError: codes of another shape than the layer.
         UnsupportedError: no kernel, or not the named one, runs a layer.
     """
-    known = linear_layers(model)
+    known = weighted_modules(model)
     unknown = [name for name in [*schemes, *solved] if name not in known]
     if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no linear layer of this model: {closest(unknown[0], list(known))}")
+        raise ConfigError(f"{unknown[0]!r} is no layer of this model: {closest(unknown[0], list(known))}")
     made: dict[str, nn.Module] = {}
     for name, scheme in schemes.items():
         if scheme.weight is not None and name not in solved:
             raise ConfigError(f"{name} has scheme {scheme.name} but no solved weight; solve it first")
         weight = solved[name] if scheme.weight is not None else None
         replacement = _replacement(name, known[name], weight, scheme, kernels, (activation_scales or {}).get(name))
-        if replacement is not None:
+        if replacement is None:
+            continue
+        if isinstance(known[name], nn.Embedding):
+            made[name] = QuantEmbedding(replacement, _embedding(model, name), owns=True)
+        else:
             made[name] = replacement
         for table in (tables or {}).get(name, ()) if weight is not None else ():
-            assert isinstance(replacement, QuantLinear | QuantHead)
-            made[table] = QuantEmbedding(replacement, _embedding(model, table))
+            if table != name:
+                made[table] = QuantEmbedding(replacement, _embedding(model, table))
     # Nothing is replaced before everything could be built: an error leaves the model as it was.
     for name, layer in made.items():
         parent, _, child = name.rpartition(".")

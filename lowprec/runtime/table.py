@@ -67,21 +67,33 @@ class QuantHead(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1).index_select(-1, self.place)
 
 
+def stored(
+    scheme: Scheme, weight: QuantizedWeight, bias: Tensor | None, kernels: "KernelTable | str"
+) -> "QuantLinear | QuantHead":
+    """The codes of a table [N, K] as the layer that multiplies with them, in a scheme without static activations."""
+    if for_tables(scheme):
+        return QuantHead(scheme, weight, bias, kernels)
+    return QuantLinear.from_quantized(weight, scheme, bias, kernels=kernels)
+
+
 class QuantEmbedding(nn.Module):
-    """The rows of a quantised head, decoded when they are asked for; it has no codes of its own.
+    """The rows of a quantised table, decoded when they are asked for.
 
     Args:
         head: the layer whose rows it reads.
         like: the embedding that it stands for.
+        owns: whether the codes of `head` are this module's; else they are those of a head elsewhere in the model.
     """
 
-    def __init__(self, head: "QuantLinear | QuantHead", like: nn.Embedding) -> None:
+    def __init__(self, head: "QuantLinear | QuantHead", like: nn.Embedding, owns: bool = False) -> None:
         super().__init__()
         if like.max_norm is not None:
             raise ConfigError("an embedding with max_norm rewrites its rows, codes cannot be: keep it as it is")
         self.num_embeddings, self.embedding_dim, self.padding_idx = head.out_features, head.in_features, None
         self.dtype = like.weight.dtype
-        # Neither is a submodule: the head is one elsewhere in the model, and `like` would keep its weight in it.
+        if owns:
+            self.table = head
+        # Neither is a submodule: a head is one elsewhere in the model, and `like` would keep its weight in it.
         self.__dict__["_head"] = head
         self.__dict__["_like"] = copy.copy(like)
         self.__dict__["_like"]._parameters = {}
@@ -101,7 +113,8 @@ class QuantEmbedding(nn.Module):
         return read_as(self.__dict__["_like"], found.to(self.dtype), ids.shape)
 
     def _apply(self, fn: object, recurse: bool = True) -> "QuantEmbedding":
-        """Follows a cast of the model."""
+        """Follows a cast of the model, and moves codes that are its own."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # type: ignore[operator]
         return self
 

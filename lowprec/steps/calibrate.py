@@ -150,6 +150,7 @@ def calibrate(
     Raises:
         ModelError: NaN or infinite activations; names the layer and the text.
     """
+    multiplied = [g for g in groups if not g.is_embedding]
     with torch.no_grad():
         with stream.outer():
             entered = [stream.enter(batch) for batch in batches]
@@ -158,7 +159,7 @@ def calibrate(
         hidden = (scratch.load(f"hidden-{start}") if start else None) or [h for h, _ in entered]
         del entered
         for index in range(start, stream.depth):
-            inside = [g for g in groups if g.block == index or stream.whole]
+            inside = [g for g in multiplied if g.block == index or stream.whole]
             if probing and not stream.whole:
                 scratch.save(f"input-{index}", hidden[-probing:])
             gather = Gather(stream, inside, len(batches) - probing)
@@ -171,7 +172,7 @@ def calibrate(
                 scratch.set_note("forward", (index + 1, amax))
                 scratch.forget(f"hidden-{index}")
             progress(index + 1, stream.depth + 1)
-        outside = [g for g in groups if g.block is None and not stream.whole]
+        outside = [g for g in multiplied if g.block is None and not stream.whole]
         if outside:
             gather = Gather(stream, outside, len(batches) - probing)
             _outside(stream, hidden, batches, outcome, gather, describe)

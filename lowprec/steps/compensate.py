@@ -3,8 +3,8 @@
 Two copies of the hidden states go through the model side by side, the reference's and the rounded model's. In each
 block the reference runs once, and the inputs of all groups are kept; then, group by group in the order in which they
 run, the rounded block runs up to that group, whose Hessian and drift (`lowprec.solvers.asymmetric`) come from the input
-that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is, and a table that an
-embedding and a head share is as calibration rounded it, before all else.
+that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is, and an embedding,
+with the head that shares its weight, is as calibration rounded it, before all else.
 
 All of it is statistics, so it is computed in bfloat16 where the processor multiplies that fast; what comes of it is
 measured in float32 like everything else. A killed pass resumes at the block that was cut, and reads solved groups back.
@@ -129,7 +129,7 @@ class Compensation:
         reference, rounded = sides["reference"], sides["rounded"]
         del entered, sides
         for index in range(start, stream.depth):
-            inside = [g for g in self._quantised if g.block == index or stream.whole]
+            inside = [g for g in self._quantised if (g.block == index or stream.whole) and not g.tables]
             after, kept = self._reference(_block(stream, index, reference, calls), inside)
             self._solve(inside, kept, _block(stream, index, rounded, calls), solved, overlay)
             with stream.block(index, overlay):

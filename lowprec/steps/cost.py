@@ -43,7 +43,7 @@ def candidates(
     for group in groups:
         kept = [scheme_named("bf16")]
         for scheme in schemes:
-            if for_tables(scheme) and not group.tables:
+            if (for_tables(scheme) and not group.tables) or (group.is_embedding and scheme.activation is not None):
                 continue
             reason, settled = None, scheme
             try:
@@ -78,6 +78,8 @@ def time_shapes(
     wanted: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
     needed: dict[tuple[tuple[int, int], tuple[int, ...]], dict[str, Scheme]] = {}
     for group in groups:
+        if group.is_embedding:
+            continue
         ms = tuple(sorted(set(rows_of(group, workload))))
         for n in widths[group.name]:
             wanted.setdefault(ms, {})[n, group.k] = None
@@ -111,9 +113,11 @@ def group_costs(
     for group in groups:
         prefill, decode = rows_of(group, workload)
         for scheme in allowed[group.name]:
+            # A few rows are read of an embedding, nothing is multiplied.
+            multiplied = () if group.is_embedding else widths[group.name]
             us = sum(
                 time[scheme.name, n, group.k, prefill] + workload.output_tokens * time[scheme.name, n, group.k, decode]
-                for n in widths[group.name]
+                for n in multiplied
             )
             size = 0.0 if scheme.weight is None and group.name in tied else stored_bytes(group, scheme, own_bytes)
             costs[group.name, scheme.name] = GroupCost(group=group.name, scheme=scheme.name, us=us, bytes=size)

@@ -2,8 +2,8 @@
 
 Runtimes concatenate layers of one parent module that read the same tensor ({q, k, v}, {gate, up}); so these are found
 by what the trace saw, not by the names that one architecture uses. Everything that is not in a group is listed with
-its bytes and the reason. A head that shares its weight with an embedding takes that into its group where the two are
-to be stored as one.
+its bytes and the reason. Where embeddings are to be rounded, a head takes the embedding that shares its weight into
+its group, since the two are stored as one, and an embedding that nothing is tied to is a group of its own.
 """
 
 import torch
@@ -14,12 +14,15 @@ from lowprec.results import Unquantised
 from lowprec.steps.linear import input_width, output_width
 from lowprec.steps.stream import Stream
 
+# Of the model's parameters: smaller embeddings are not worth codes.
+SMALLEST_EMBEDDING = 0.01
 
-def find_groups(stream: Stream, share_tables: bool = False) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
+
+def find_groups(stream: Stream, embeddings: bool = False) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
     """The model's groups in the order in which it runs, and what stays unquantised.
 
     Args:
-        share_tables: whether an embedding that a layer is tied to takes the layer's scheme; else it stays as it is.
+        embeddings: whether embeddings are rounded as well; else they stay as they are.
     """
     members: dict[tuple[str, int], list[str]] = {}
     refused: dict[str, str] = {}
@@ -30,9 +33,11 @@ def find_groups(stream: Stream, share_tables: bool = False) -> tuple[tuple[Group
             refused[name] = reason
         else:
             members.setdefault((name.rpartition(".")[0], calls[0]), []).append(name)
-    groups = [_group(parent, layers, stream, share_tables) for (parent, _), layers in members.items()]
-    # Blocks first, in order; what lies outside them (the head) runs last.
-    ordered = sorted(groups, key=lambda g: stream.depth if g.block is None else g.block)
+    groups = [_group(parent, layers, stream, embeddings) for (parent, _), layers in members.items()]
+    if embeddings:
+        groups = [*_embeddings(stream), *groups]
+    # Blocks in order; of what lies outside them, embeddings run first and heads last.
+    ordered = sorted(groups, key=lambda g: (-1 if g.is_embedding else stream.depth) if g.block is None else g.block)
     shared = {table for group in ordered for table in group.tables}
     return tuple(ordered), _unquantised(stream.module, [n for g in ordered for n in g.layers], shared, refused)
 
@@ -53,7 +58,7 @@ def _runs_after_blocks(name: str, stream: Stream) -> bool:
     return order.index(name) > order.index(stream.block_names[-1])
 
 
-def _group(parent: str, layers: list[str], stream: Stream, share_tables: bool) -> Group:
+def _group(parent: str, layers: list[str], stream: Stream, embeddings: bool) -> Group:
     leaves = [_short(name.rpartition(".")[2]) for name in layers]
     joint = "qkv" if leaves in (["q", "k", "v"], ["query", "key", "value"]) else "_".join(leaves)
     modules = [stream.layers[name] for name in layers]
@@ -70,8 +75,35 @@ def _group(parent: str, layers: list[str], stream: Stream, share_tables: bool) -
         n=n,
         k=k,
         parameters=n * k,
-        tables=_tables(layers, stream) if share_tables else (),
+        tables=_tables(layers, stream) if embeddings else (),
     )
+
+
+def _embeddings(stream: Stream) -> list[Group]:
+    """The large embeddings of tokens that no layer is tied to, those that share a weight as one group."""
+    tied = {id(layer.weight) for layer in stream.layers.values()}
+    total = sum(p.numel() for p in stream.module.parameters())
+    shared: dict[int, list[str]] = {}
+    for name in stream.token_tables:
+        table = stream.tables[name]
+        large = table.weight.numel() >= SMALLEST_EMBEDDING * total
+        # One with max_norm rewrites its rows while it is read, which codes cannot be.
+        if large and id(table.weight) not in tied and table.max_norm is None and _runs_before_blocks(name, stream):
+            shared.setdefault(id(table.weight), []).append(name)
+    return [_embedding(names, stream) for names in shared.values()]
+
+
+def _embedding(names: list[str], stream: Stream) -> Group:
+    n, k = stream.tables[names[0]].weight.shape
+    return Group(
+        name=names[0], layers=(names[0],), role="embedding", block=None, n=n, k=k, parameters=n * k, tables=tuple(names)
+    )
+
+
+def _runs_before_blocks(name: str, stream: Stream) -> bool:
+    """Whether the embedding stands before the blocks in the module tree's order."""
+    order = [n for n, _ in stream.module.named_modules()]
+    return stream.whole or order.index(name) < order.index(stream.block_names[0])
 
 
 def _tables(layers: list[str], stream: Stream) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lowprec.runtime.convert import linear_layers, stored_weight, weight_of
+from lowprec.runtime.convert import linear_layers, stored_weight, weight_of, weighted_modules
 
 
 def input_width(layer: nn.Module) -> int:
@@ -15,4 +15,4 @@ def output_width(layer: nn.Module) -> int:
     return int(weight_of(layer).shape[0])
 
 
-__all__ = ["input_width", "linear_layers", "output_width", "stored_weight", "weight_of"]
+__all__ = ["input_width", "linear_layers", "output_width", "stored_weight", "weight_of", "weighted_modules"]

@@ -117,7 +117,7 @@ class _Probe:
     def hooks(self) -> Iterator[None]:
         """Probes while open."""
         handles = []
-        for group in self._groups:
+        for group in (g for g in self._groups if not g.is_embedding):
             for name in group.layers:
                 layer = self._stream.layers[name]
                 if self._stream.whole:
@@ -344,7 +344,7 @@ def effects(
     calls = [call for _, call in entered]
     start = scratch.note("backward")
     if start is None:
-        rows, gradients = run.tail(probe([g for g in groups if g.block is None]))
+        rows, gradients = run.tail(probe([g for g in groups if g.block is None and not g.is_embedding]))
         _checkpoint(scratch, stream.depth, rows, gradients)
         start = stream.depth
     else:
@@ -377,7 +377,10 @@ def _stored_rows(scratch: Scratch, index: int) -> list[Row]:
 
 
 def rows_of(
-    found: Effects, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], solver_of: Callable[[str], str]
+    found: Effects,
+    groups: Sequence[Group],
+    schemes: Mapping[str, Sequence[Scheme]],
+    solver_of: Callable[[Group, str], str],
 ) -> tuple[SensitivityRow, ...]:
     """The table of (group, scheme) that sensitivity.json holds."""
     table = []
@@ -388,7 +391,7 @@ def rows_of(
                 SensitivityRow(
                     group=group.name,
                     scheme=scheme.name,
-                    solver=solver_of(scheme.weight) if scheme.weight else "none",
+                    solver=solver_of(group, scheme.weight) if scheme.weight else "none",
                     predicted_kl_nats=kl,
                     measured_kl_nats=None,
                     stderr=stderr,

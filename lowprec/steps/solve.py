@@ -67,15 +67,18 @@ class Rounder:
         self._frequency = frequency or {}
         self._stream, self._groups, self._folder, self._inputs = stream, groups, folder, dict(inputs)
         self._solver, self._workers = solver, workers
-        self._group_of = {layer: group.name for group in groups for layer in group.layers}
+        self._group_of = {layer: group for group in groups for layer in group.layers}
 
     def key_of(self, group: str, scheme: Scheme) -> str:
         """What the group's weights are rounded to in a quantising `scheme`: the format, marked where smoothed."""
         return str(keys_of(self._smoothed, group, scheme)[0])
 
-    def solver_of(self, fmt: str) -> str:
-        """Formats of few bits are worth an error-compensating solver; at 8 bits plain rounding is nearly lossless."""
-        return self._solver if WEIGHT_FORMATS[_bare(fmt)].bits < 8 else "rtn"
+    def solver_of(self, group: Group, fmt: str) -> str:
+        """Formats of few bits are worth an error-compensating solver; at 8 bits plain rounding is nearly lossless.
+
+        The rows of an embedding are read one at a time, so there are no inputs whose errors could make up for others.
+        """
+        return "rtn" if group.is_embedding or WEIGHT_FORMATS[_bare(fmt)].bits >= 8 else self._solver
 
     def solve(self, wanted: Sequence[Wanted]) -> list[dict[str, QuantizedWeight]]:
         """Rounds each (group, key, statistics): layer -> codes and scales; see `key_of`.
@@ -91,9 +94,9 @@ class Rounder:
 
         def run(job: tuple[int, int]) -> QuantizedWeight:
             index, start = job
-            fmt, (w, statistics) = wanted[index][1], prepared[index]
+            (group, fmt, _), (w, statistics) = wanted[index], prepared[index]
             rows = w[start : start + ROWS_OF_A_JOB]
-            return SOLVERS[self.solver_of(fmt)].solve(rows, WEIGHT_FORMATS[_bare(fmt)], statistics)
+            return SOLVERS[self.solver_of(group, fmt)].solve(rows, WEIGHT_FORMATS[_bare(fmt)], statistics)
 
         threads = torch.get_num_threads()
         try:
@@ -144,27 +147,28 @@ class Rounder:
             (group, fmt, statistics)
             for group, statistics in gathered
             for fmt in dict.fromkeys(_solved_as(fmt) for fmt in formats[group.name])
-            if SOLVERS[self.solver_of(fmt)].needs_statistics
+            if SOLVERS[self.solver_of(group, fmt)].needs_statistics
             and self._folder.read_solved(f"{group.name}@{fmt}", self._inputs) is None
         ]
         for (group, fmt, _), weights in zip(wanted, self.solve(wanted), strict=True):
             self._folder.write_solved(f"{group.name}@{fmt}", weights, self._inputs)
 
     def _weight(self, layer: str) -> Tensor:
-        return weight_of(self._stream.layers[layer]).float()
+        return weight_of(self._stream.weighted[layer]).float()
 
     def rounded(self, layer: str, fmt: str) -> QuantizedWeight:
         """The layer in `fmt` as calibration rounded it."""
         mixed = WEIGHT_FORMATS[_bare(fmt)]
         if isinstance(mixed, MixedRows):
-            frequency = self._frequency[self._group_of[layer]]()
+            frequency = self._frequency[self._group_of[layer].name]()
             return mixed.mixed(self.rounded(layer, FINE), self.rounded(layer, mixed.coarse), frequency)
-        solver = SOLVERS[self.solver_of(fmt)]
+        group = self._group_of[layer]
+        solver = SOLVERS[self.solver_of(group, fmt)]
         if not solver.needs_statistics:
-            exponents = self._exponents.get((self._group_of[layer], fmt))
+            exponents = self._exponents.get((group.name, fmt))
             w = self._weight(layer) if exponents is None else self._weight(layer) * torch.exp2(exponents.float())
             return replace(solver.solve(w, WEIGHT_FORMATS[_bare(fmt)], None), exponents=exponents)
-        key = f"{self._group_of[layer]}@{fmt}"
+        key = f"{group.name}@{fmt}"
         solved = self._folder.read_solved(key, self._inputs)
         if solved is None:
             raise LookupError(f"{key} has not been solved; this is a bug")

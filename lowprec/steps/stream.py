@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.formats import ACTIVATION_FORMATS, ActivationFormat
-from lowprec.steps.linear import linear_layers, stored_weight, weight_of
+from lowprec.steps.linear import linear_layers, stored_weight, weight_of, weighted_modules
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -87,9 +87,10 @@ class _Stub(nn.Module):
 class Stream:
     """Runs `module` block by block.
 
-    `layers` are the linear layers by name, `tables` the embeddings; an overlay may replace the weights of both.
-    `calls` has, for every linear layer, the address of its input at each call in the trace: layers of one parent that
-    were given the same tensor are fused by runtimes.
+    `layers` are the linear layers by name, `tables` the embeddings, `weighted` both; an overlay may replace the weights
+    of either. `calls` has, for each of them, the address of its input at each call in the trace: layers of one parent
+    that were given the same tensor are fused by runtimes. `token_tables` are the embeddings that were given a tensor of
+    the batch itself, so that each sequence reads rows of its own (which positions do not).
 
     Args:
         module: the model; its weights are not changed.
@@ -114,7 +115,8 @@ class Stream:
         self.layers = linear_layers(module)
         self.tables = {name: m for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
         self._names = {layer: name for name, layer in self.layers.items()}
-        self._overlaid = self._names | {table: name for name, table in self.tables.items()}
+        self.weighted = weighted_modules(module)
+        self._overlaid = {module: name for name, module in self.weighted.items()}
         self._as_tuple = False
         self.calls: dict[str, tuple[int, ...]] = {}
         for parameter in module.parameters():
@@ -126,8 +128,11 @@ class Stream:
     def _find_blocks(self, example: Any) -> tuple[nn.ModuleList | None, tuple[str, ...]]:
         lists = {name: m for name, m in self.module.named_modules() if isinstance(m, nn.ModuleList)}
         blocks = {id(block) for members in lists.values() for block in members}
+        example = moved(example, self.device)
         trace = self._trace(example, blocks)
-        self.calls = {name: tuple(pointer for pointer, _ in trace[id(layer)]) for name, layer in self.layers.items()}
+        given = {tensor.data_ptr() for tensor in _tensors(example)}
+        self.token_tables = tuple(name for name, t in self.tables.items() if any(p in given for p, _ in trace[id(t)]))
+        self.calls = {name: tuple(pointer for pointer, _ in trace[id(layer)]) for name, layer in self.weighted.items()}
 
         def weights(members: nn.ModuleList) -> int:
             return sum(weight_of(m).numel() for m in members.modules() if m in self._names)
@@ -157,7 +162,7 @@ class Stream:
         handles = []
         for module in self.module.modules():
             trace[id(module)] = []
-            if id(module) in blocks or module in self._names:
+            if id(module) in blocks or module in self._overlaid:
                 handles.append(module.register_forward_hook(note))
         try:
             with torch.no_grad():
@@ -328,6 +333,15 @@ def moved(batch: Any, device: torch.device) -> Any:
         changed = {f.name: moved(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **changed)
     return batch
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    """The tensors that a batch consists of."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return [t for value in batch.values() for t in _tensors(value)] if isinstance(batch, Mapping) else []
 
 
 def _run_in_order(calls: list[list[tuple[int, int]]]) -> bool:

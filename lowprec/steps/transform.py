@@ -135,7 +135,8 @@ class _Block:
     def _readers(self) -> list[tuple[str, ...]]:
         """Sets of layers of this block that read one tensor."""
         reading: dict[int, list[str]] = {}
-        for name, calls in self._stream.calls.items():
+        for name in self._stream.layers:
+            calls = self._stream.calls[name]
             if name.startswith(self._prefix) and len(calls) == 1:
                 reading.setdefault(calls[0], []).append(name)
         return [tuple(names) for names in reading.values()]
