@@ -15,7 +15,7 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_nam
 from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
-from lowprec.steps.calibrate import Calibration
+from lowprec.steps.calibrate import Calibration, products_of
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
@@ -207,3 +207,15 @@ def test_no_pass_heals_nothing(folder: RunFolder) -> None:
     solved = lab.compensated()
     healed = Healing(**lab.common, passes=0).run(solved)
     assert all(torch.equal(healed[layer].scale, solved[layer].scale) for layer in solved)
+
+
+def test_products_of_bfloat16_values_are_exact_and_the_precision_is_put_back() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    before = torch.get_float32_matmul_precision()
+    with products_of(torch.bfloat16):
+        found = torch.zeros(32, 32).addmm_(x.T, x)
+    assert torch.get_float32_matmul_precision() == before
+    torch.testing.assert_close(found.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+    y = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    with products_of(torch.float32):
+        torch.testing.assert_close((y.T @ y).double(), y.double().T @ y.double(), rtol=1e-5, atol=1e-5)

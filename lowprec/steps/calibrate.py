@@ -57,6 +57,21 @@ class Calibration:
         return as_bfloat16(torch.tensor(dict(self.amax)[group] / STATIC_MAXIMUM[activation]))
 
 
+@contextlib.contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """While open, float32 matrices of bfloat16 values are multiplied as what they are, and added up in float32.
+
+    Other dtypes are left to float32. On processors that multiply bfloat16 it is three times as fast.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class StopForward(Exception):
     """Ends the pass behind the last layer that is gathered."""
 
@@ -100,7 +115,7 @@ class Gather:
 
     def add(self, group: Group, x: Tensor) -> None:
         """Adds the rows of x [B, T, K] or [B, K] that are real."""
-        x = self.rows(x)
+        dtype, x = x.dtype, self.rows(x)
         largest = x.abs().max().item() if x.numel() else 0.0
         # A comparison with NaN is false, so this catches it, too.
         if not largest < float("inf"):
@@ -109,7 +124,8 @@ class Gather:
         self.tokens[group.name] += x.shape[0]
         if group.name not in self.hessian:
             self.hessian[group.name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self.hessian[group.name].addmm_(x.T, x)
+        with products_of(dtype):
+            self.hessian[group.name].addmm_(x.T, x)
 
     def rows(self, x: Tensor) -> Tensor:
         """x [B, T, K] or [B, K] -> [rows, K] float32, those that are real."""

@@ -23,7 +23,7 @@ from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
-from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
+from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward, products_of
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, overrides
@@ -47,7 +47,8 @@ class _Paired(Gather):
         mine, theirs = self.rows(x), self.rows(self._reference[self.position])
         if self._drift is None:
             self._drift = torch.zeros(mine.shape[1], mine.shape[1], device=mine.device)
-        self._drift.addmm_((theirs - mine).T, mine)
+        with products_of(x.dtype):
+            self._drift.addmm_((theirs - mine).T, mine)
 
     def paired(self) -> LayerStatistics:
         """The statistics, with the drift."""

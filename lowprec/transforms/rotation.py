@@ -1,0 +1,124 @@
+"""Rotations: another orthonormal basis for what is added up between the blocks, and inside every head.
+
+    x' = x Q,    Q^T Q = I;    reader: W' = W diag(g) Q,    writer: W' = Q^T W,    embedding: E' = E Q
+
+A norm that divides by the root of the mean square gives the same for x and x Q but for its own weight g, which is moved
+into the layers that read it (QuaRot, arXiv 2404.00456, section 4, stage 1a; SliceGPT, arXiv 2401.15024, theorem 1). All
+of it happens before anything is rounded, so no runtime pays for it. The head reads such a norm, too: where it is tied
+to the embedding they part, which costs a table.
+
+    Q = (H_p kron R_m) diag(random signs),    width = p m, p a power of two, m odd
+
+with H the Hadamard matrix and R a random orthogonal one, so that widths such as 576 = 64 x 9 have one, too.
+
+Tried on SmolLM2-135M: see `bench/README.md`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.runtime.convert import stored_weight, weight_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenBasis:
+    """What has to change so that the hidden states may have another basis.
+
+    Attributes:
+        width: of the hidden states.
+        embeddings: names of the embeddings that they begin with.
+        norms: norm -> the layers that read it.
+        writers: layers whose output is added to them.
+    """
+
+    width: int
+    embeddings: tuple[str, ...]
+    norms: tuple[tuple[str, tuple[str, ...]], ...]
+    writers: tuple[str, ...]
+
+
+def orthogonal(width: int, seed: int = 0) -> Tensor:
+    """[width, width] float64: the Hadamard matrix of the largest power of two, a random rest, and random signs."""
+    generator = torch.Generator().manual_seed(seed)
+    power = width & -width
+    rest, _ = torch.linalg.qr(torch.randn(width // power, width // power, generator=generator, dtype=torch.float64))
+    signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.float64) * 2 - 1
+    return torch.kron(_hadamard(power), rest.contiguous()) * signs
+
+
+def _hadamard(size: int) -> Tensor:
+    """[size, size] float64, orthonormal (Sylvester's construction); `size` is a power of two."""
+    found = torch.ones(1, 1, dtype=torch.float64)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
+    while len(found) < size:
+        found = torch.kron(step, found)
+    return found
+
+
+@torch.no_grad()
+def rotate(module: nn.Module, basis: HiddenBasis, rotation: Tensor) -> None:
+    """Turns the hidden states of `module` by `rotation` [width, width] float64, in place, in the weights' own dtype.
+
+    A head that is tied to an embedding gets a weight of its own.
+    """
+    _untie(module, basis)
+    for name, readers in basis.norms:
+        gain = _take_gain(module.get_submodule(name))
+        for reader in readers:
+            layer = module.get_submodule(reader)
+            _set(layer, (weight_of(layer).double() * gain) @ rotation)
+    for name in basis.writers:
+        layer = module.get_submodule(name)
+        _set(layer, rotation.T @ weight_of(layer).double())
+        if isinstance(bias := getattr(layer, "bias", None), Tensor):
+            bias.copy_(rotation.T @ bias.double())
+    for name in basis.embeddings:
+        table = module.get_submodule(name)
+        _set(table, weight_of(table).double() @ rotation)
+
+
+def _untie(module: nn.Module, basis: HiddenBasis) -> None:
+    tables = {id(module.get_submodule(name).weight) for name in basis.embeddings}
+    for reader in (name for _, readers in basis.norms for name in readers):
+        layer = module.get_submodule(reader)
+        if id(layer.weight) in tables:
+            layer.weight = nn.Parameter(_weight(layer).detach().clone(), requires_grad=False)
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False
+
+
+def gain_of(norm: nn.Module) -> Tensor:
+    """The norm's gain for each channel, [width] float64."""
+    return _weight(norm).detach().double() + _offset(norm)
+
+
+def _take_gain(norm: nn.Module) -> Tensor:
+    """The norm's gain; it is left with one of 1."""
+    gain = gain_of(norm)
+    _weight(norm).fill_(1.0 - _offset(norm))
+    return gain
+
+
+def _offset(norm: nn.Module) -> float:
+    """Some norms multiply with their weight (0), some with one more than that (1)."""
+    weight = _weight(norm)
+    kept = weight.detach().clone()
+    weight.detach().zero_()
+    made: Tensor = norm(torch.ones(1, len(weight), dtype=weight.dtype, device=weight.device))
+    weight.detach().copy_(kept)
+    return float(round(float(made[0, 0])))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _set(layer: nn.Module, weight: Tensor) -> None:
+    target = _weight(layer)
+    target.copy_(stored_weight(layer, weight).to(target.dtype))
