@@ -15,10 +15,11 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_nam
 from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
-from lowprec.steps.calibrate import Calibration, products_of
+from lowprec.steps.calibrate import Calibration, Gather, products_of
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
+from lowprec.steps.importance import token_importance
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import decoder_forward, sentence_forward
 from lowprec.steps.measure import compare, compare_tokens, compare_vectors, mean_kl, run_through
@@ -219,3 +220,56 @@ def test_products_of_bfloat16_values_are_exact_and_the_precision_is_put_back() -
     y = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     with products_of(torch.float32):
         torch.testing.assert_close((y.T @ y).double(), y.double().T @ y.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
+    stream = Stream(tiny.decoder(name), decoder_forward, batches(1, 0)[0])
+    groups, _ = find_groups(stream)
+    some = batches(2, 3)
+    found = token_importance(stream, groups, some, Tokens(), seed=4)
+    inside = [g for g in groups if g.block is not None]
+    assert set(found) == {g.name for g in inside}
+    group = next(g for g in inside if g.block == 1)
+    model = tiny.decoder(name).float()
+    generator, squares = torch.Generator().manual_seed(4), []
+    for batch in some:
+        outputs: list[Tensor] = []
+        handles = [
+            model.get_submodule(layer).register_forward_hook(lambda m, a, y, o=outputs: o.append(y))
+            for layer in group.layers
+        ]
+        likelihood = Tokens().sampled_log_likelihood(model(batch.ids).logits, batch, generator)
+        gradients = torch.autograd.grad(likelihood, outputs)
+        squares.append(torch.stack([g.square().mean(-1) for g in gradients]).sum(0) * batch.mask())
+        for handle in handles:
+            handle.remove()
+    flat = torch.cat([s[b.mask()] for s, b in zip(squares, some, strict=True)])
+    expected = (flat / flat.mean()).clamp(0.05, 20).sqrt()
+    weights = torch.cat([w[b.mask()] for w, b in zip(found[group.name], some, strict=True)])
+    assert float(weights.mean()) == pytest.approx(1.0, rel=1e-4)
+    # The pass computes in bfloat16 where that is fast, and so may draw other labels here and there.
+    assert float(torch.corrcoef(torch.stack([weights, expected / expected.mean()]))[0, 1]) > 0.9
+
+
+def test_a_heavy_token_shapes_the_hessian(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    group = next(g for g in lab.groups if g.block == 0)
+    some = lab.common["batches"]
+    gather = Gather(lab.stream, [group], len(some))
+    x = torch.randn(*some[0].ids.shape, group.k, generator=torch.Generator().manual_seed(0))
+    gather.where = lab.outcome.positions(some[0])
+    weights = torch.ones(some[0].ids.shape)
+    weights[0, 2] = 9.0
+    gather.importance = {group.name: [weights]}
+    gather.add(group, x)
+    found = gather.statistics(group)
+    rows = x[some[0].mask()]
+    expected = (rows.T @ rows + 8.0 * torch.outer(x[0, 2], x[0, 2])) / len(rows)
+    torch.testing.assert_close(found.hessian, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_cut_has_no_weights() -> None:
+    whole = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    stream = Stream(whole, lambda module, batch: module(batch), torch.randn(2, 8))
+    assert token_importance(stream, find_groups(stream)[0], [torch.randn(2, 8)], Vector()) == {}

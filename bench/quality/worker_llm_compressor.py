@@ -22,8 +22,6 @@ if __name__ == "__main__":
             tokenizer=tokenizer,
             recipe=GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": grid}}, ignore=["lm_head"]),
             dataset=DataLoader([{"input_ids": row, "attention_mask": row * 0 + 1} for row in rows], batch_size=ROWS),
-            num_calibration_samples=len(rows),
-            max_seq_length=rows.shape[1],
         )
     layers = {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
     # A checkpoint holds codes, scales and zero points: what they decode to is what it computes with.

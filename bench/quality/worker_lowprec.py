@@ -7,6 +7,7 @@ steps that `lowprec calibrate` takes for each mix.
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from lowprec.steps.calibrate import Calibration
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
+from lowprec.steps.importance import token_importance
 from lowprec.steps.load import decoder_forward
 from lowprec.steps.outcome import Tokens
 from lowprec.steps.scratch import Scratch
@@ -57,6 +59,10 @@ if __name__ == "__main__":
             inputs={},
             name="quality",
         )
+        if solver != "rtn":
+            importance = token_importance(stream, groups, batches, Tokens())
+            compensation = replace(compensation, importance=importance)
+        weighed = clock.elapsed
         if solver == "rtn":
             rounder = compensation.rounder
             keys = [(layer, rounder.key_of(g.name, schemes[g.name])) for g in groups for layer in g.layers]
@@ -68,4 +74,4 @@ if __name__ == "__main__":
             solved = Healing(**common, passes=int(passes)).run(solved)
     decoded = {f"{layer}.weight": w.dequantize() for layer, w in solved.items()}
     divided = {f"{layer}.exponents": w.exponents for layer, w in solved.items() if w.exponents is not None}
-    save_weights(decoded | divided, out, clock, rounding=rounded)
+    save_weights(decoded | divided, out, clock, weighing=weighed, rounding=rounded)

@@ -19,6 +19,7 @@ from lowprec.steps.allocate import Allocation
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.correction import Correction
 from lowprec.steps.heal import Healing
+from lowprec.steps.importance import Importance, token_importance
 from lowprec.steps.measure import Run, compare, mean_kl, run_through
 from lowprec.steps.metrics import tuning_loss
 from lowprec.steps.scratch import Scratch
@@ -77,7 +78,7 @@ class Mixes:
         self._tuning = Tuning(self._prepared)
         # Which rounding a mix is given depends on the effort, so what was measured does, too.
         prepared, settings = self._prepared, self._prepared.context.settings
-        rounding = {"rounding": f"{settings.effort.compensated} {settings.healing_passes}"}
+        rounding = {"rounding": f"{settings.effort.compensated} weighted {settings.healing_passes}"}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
         self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
         folder = prepared.context.folder
@@ -175,15 +176,33 @@ class Mixes:
         mix = _name_of(schemes)
         inputs = {**self._inputs, "mix": mix}
         compensation = Compensation(
-            **self._fitted(schemes), rounder=prepared.rounder, folder=context.folder, inputs=inputs, name=mix
+            **self._fitted(schemes),
+            rounder=prepared.rounder,
+            folder=context.folder,
+            inputs=inputs,
+            name=mix,
         )
         if (known := compensation.known()) is not None:
             return known
+        compensation = dataclasses.replace(compensation, importance=self._importance)
         scratch = Scratch(context.folder.path / "work-solve", digest(*inputs.values()))
         with context.progress.step("compensate", prepared.stream.depth + 1, "blocks") as step:
             found = compensation.run(scratch, step.report)
         scratch.clear()
         return found
+
+    @cached_property
+    def _importance(self) -> Importance:
+        """What calibration tokens weigh: that of the reference, so it serves all mixes."""
+        prepared, context = self._prepared, self._prepared.context
+        with context.progress.step("importance"):
+            return token_importance(
+                prepared.stream,
+                prepared.groups,
+                prepared.statistics_batches,
+                context.model.outcome,
+                context.settings.seed,
+            )
 
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
         """Healed from `start`; read back where an earlier run has written it, whatever it started from."""

@@ -23,6 +23,7 @@ from lowprec.formats.fp8 import LARGEST
 from lowprec.formats.int8 import QMAX
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
+from lowprec.steps.importance import Importance
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream
@@ -77,7 +78,10 @@ class StopForward(Exception):
 
 
 class Gather:
-    """Hooks that sum the Hessians of `groups` while a block runs, over the first `batches` batches."""
+    """Hooks that sum the Hessians of `groups` while a block runs, over the first `batches` batches.
+
+    Tokens weigh as `importance` says, 1 where it says nothing.
+    """
 
     def __init__(self, stream: Stream, groups: Sequence[Group], batches: int) -> None:
         self._stream = stream
@@ -85,6 +89,7 @@ class Gather:
         self.batches = batches
         self.position = 0
         self.where: Tensor | None = None
+        self.importance: Importance = {}
         self.hessian: dict[str, Tensor] = {}
         self.amax = dict.fromkeys((g.name for g in groups), 0.0)
         self.tokens = dict.fromkeys((g.name for g in groups), 0)
@@ -125,7 +130,12 @@ class Gather:
         if group.name not in self.hessian:
             self.hessian[group.name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         with products_of(dtype):
-            self.hessian[group.name].addmm_(x.T, x)
+            self.hessian[group.name].addmm_(self.weighted(group, x).T, x)
+
+    def weighted(self, group: Group, rows: Tensor) -> Tensor:
+        """[rows, K], each row times what its token weighs."""
+        parts = self.importance.get(group.name)
+        return rows if parts is None else rows * self.rows(parts[self.position][..., None]).to(rows.device)
 
     def rows(self, x: Tensor) -> Tensor:
         """x [B, T, K] or [B, K] -> [rows, K] float32, those that are real."""

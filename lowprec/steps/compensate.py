@@ -13,7 +13,7 @@ measured in float32 like everything else. A killed pass resumes at the block tha
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lowprec.formats import QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward, products_of
+from lowprec.steps.importance import Importance
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, overrides
@@ -48,7 +49,7 @@ class _Paired(Gather):
         if self._drift is None:
             self._drift = torch.zeros(mine.shape[1], mine.shape[1], device=mine.device)
         with products_of(x.dtype):
-            self._drift.addmm_((theirs - mine).T, mine)
+            self._drift.addmm_((theirs - mine).T, self.weighted(group, mine))
 
     def paired(self) -> LayerStatistics:
         """The statistics, with the drift."""
@@ -64,6 +65,7 @@ class Compensation:
     Attributes:
         schemes: group -> scheme.
         batches: calibration text.
+        importance: what its tokens weigh, group by group.
         folder, inputs: where solved groups are kept, and digests that name this very rounding.
         name: what the files of solved groups are called behind the group's name.
     """
@@ -78,6 +80,7 @@ class Compensation:
     folder: RunFolder
     inputs: Mapping[str, str]
     name: str
+    importance: Importance = field(default_factory=dict)
 
     def run(self, scratch: Scratch, progress: Progress = lambda done, total: None) -> dict[str, QuantizedWeight]:
         """Codes and scales of every quantised layer.
@@ -201,6 +204,7 @@ class Compensation:
         scheme = self.schemes[group.name]
         given = overrides(group, scheme, self.calibration, dict.fromkeys(group.layers))
         gather = _Paired(self.stream, group, len(self.batches), reference)
+        gather.importance = self.importance
         with place.opened({**overlay, **given}), gather.hooks(stop_after=True):
             for position, batch in enumerate(self.batches):
                 gather.position, gather.where = position, self.outcome.positions(batch)

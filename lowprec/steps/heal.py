@@ -34,6 +34,7 @@ from torch import Tensor
 from lowprec.formats import QuantizedWeight
 from lowprec.formats.base import as_bfloat16
 from lowprec.records import Group, Scheme
+from lowprec.steps.backward import backward
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.linear import stored_weight
 from lowprec.steps.measure import Run, run_through
@@ -150,18 +151,15 @@ class Healing:
         """Forwards and backwards over some batches; adds up the scales' gradients."""
         stream = self.stream
         batches = [self.batches[p] for p in positions]
-        with torch.no_grad(), stream.outer(overlay):
-            entered = [stream.enter(batch) for batch in batches]
-        hidden, calls = [h for h, _ in entered], [call for _, call in entered]
-        inputs: list[list[Any]] = []
-        for index in range(0 if stream.whole else stream.depth):
-            inputs.append(hidden)
-            with torch.no_grad(), stream.block(index, overlay):
-                hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
         known = [reference.hidden[p] for p in positions]
-        gradients = self._behind(scales, overlay, batches, known, hidden)
-        for index in reversed(range(len(inputs))):
-            gradients = self._block(index, scales, overlay, inputs[index], calls, gradients)
+
+        def behind(hidden: Sequence[Any]) -> list[Tensor]:
+            return self._behind(scales, overlay, batches, known, hidden)
+
+        def opened(index: int) -> AbstractContextManager[object]:
+            return self._weights(scales, [name for name in scales if stream.block_of(name) == index])
+
+        backward(stream, batches, overlay, behind, opened)
 
     def _behind(
         self,
@@ -192,26 +190,6 @@ class Healing:
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 gradients.append(leaf.grad)
         return gradients
-
-    def _block(
-        self,
-        index: int,
-        scales: Mapping[str, _Scales],
-        overlay: Overlay,
-        inputs: Sequence[Tensor],
-        calls: Sequence[Sequence[Call]],
-        gradients: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """The gradients of the block's outputs -> those of its inputs."""
-        stream, before = self.stream, []
-        layers = [name for name in scales if stream.block_of(name) == index]
-        with stream.block(index, overlay), self._weights(scales, layers):
-            for given, call, gradient in zip(inputs, calls, gradients, strict=True):
-                leaf = given.to(stream.device).requires_grad_()
-                torch.autograd.backward(stream.run(index, leaf, call[index]), gradient)
-                assert leaf.grad is not None
-                before.append(leaf.grad)
-        return before
 
     @contextlib.contextmanager
     def _weights(self, scales: Mapping[str, _Scales], layers: Sequence[str]) -> Iterator[None]:

@@ -1,0 +1,113 @@
+"""How much each token matters where a group is rounded: the squared gradient of a sampled label's log-likelihood.
+
+    c[t] = mean over the group's outputs n of (d log p(y) / d y[t, n])^2,    y sampled from the model
+    weight[t] = sqrt(clamp(c[t] / mean c, 1/20, 20)),    scaled to a mean of 1
+
+With c for weights a Hessian X^T diag(c) X is the Fisher information of the group's weight when tokens and output
+channels are taken apart (GuidedQuant, arXiv 2505.07004, equation 8, with one weight for all channels). The square root
+is kept: it keeps half of the gain and more of the tokens.
+
+Tried in a prototype on SmolLM2-135M, uniform INT4 g64, 32 k tokens of technical text, compensated, damping 0.3; KL in
+nats, and perplexity, on (technical, literature, code, exam questions): without weights 0.067 0.166 0.070 0.129, +8.0 %
+over all; with them 0.061 0.165 0.066 0.123, +7.4 %. The costs are a pass forwards and one backwards.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.records import Group
+from lowprec.steps.backward import backward
+from lowprec.steps.outcome import Outcome
+from lowprec.steps.stream import NOTHING, Stream, fast_dtype
+
+LARGEST = 20.0
+BATCHES_AT_ONCE = 2
+
+Importance = Mapping[str, Sequence[Tensor]]
+"""Group -> for each batch what its tokens weigh, [B, T] (or [B]); 0 where there is none."""
+
+
+def token_importance(
+    stream: Stream, groups: Sequence[Group], batches: Sequence[Any], outcome: Outcome, seed: int = 0
+) -> Importance:
+    """The weights of all groups inside the blocks; those outside, and models without a cut, have none."""
+    if stream.whole:
+        return {}
+    found: dict[str, list[Tensor]] = {group.name: [] for group in groups if group.block is not None}
+    generator = torch.Generator().manual_seed(seed)
+    with stream.computing(fast_dtype(stream)):
+        for start in range(0, len(batches), BATCHES_AT_ONCE):
+            some = batches[start : start + BATCHES_AT_ONCE]
+            squares = _squares(stream, groups, some, outcome, generator)
+            for name, parts in found.items():
+                parts += squares[name]
+    return {name: _scaled(parts, [outcome.positions(b) for b in batches]) for name, parts in found.items()}
+
+
+def _squares(
+    stream: Stream, groups: Sequence[Group], batches: Sequence[Any], outcome: Outcome, generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    """c of some batches."""
+    found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+
+    def behind(hidden: Sequence[Any]) -> list[Tensor]:
+        gradients = []
+        with stream.outer():
+            for given, batch in zip(hidden, batches, strict=True):
+                leaf = given.to(stream.device).requires_grad_()
+                likelihood = outcome.sampled_log_likelihood(stream.leave(leaf, batch), batch, generator)
+                gradients.append(torch.autograd.grad(likelihood, leaf)[0])
+        return gradients
+
+    @contextlib.contextmanager
+    def opened(index: int) -> Iterator[None]:
+        handles = []
+        for group in (g for g in groups if g.block == index):
+            sums: list[Tensor] = []
+            for layer in group.layers:
+                hook = _adds(sums)
+                handles.append(stream.layers[layer].register_full_backward_hook(hook))
+            found[group.name] = sums
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    backward(stream, batches, NOTHING, behind, opened)
+    return found
+
+
+def _adds(sums: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that adds the mean square of each token's output gradient, batch by batch."""
+    done = 0
+
+    def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+        nonlocal done
+        square = gradients[0].float().square().mean(-1).cpu()
+        if done == len(sums):
+            sums.append(square)
+        else:
+            sums[done] += square
+        done += 1
+
+    return hook
+
+
+def _scaled(parts: Sequence[Tensor], positions: Sequence[Tensor | None]) -> list[Tensor]:
+    """c -> the weights."""
+    real = [
+        torch.ones_like(p) if w is None or w.shape != p.shape else w.float().cpu()
+        for p, w in zip(parts, positions, strict=True)
+    ]
+    tokens = sum(float(r.sum()) for r in real)
+    mean = sum(float((p * r).sum()) for p, r in zip(parts, real, strict=True)) / tokens
+    if mean <= 0.0:
+        return list(real)
+    roots = [(p / mean).clamp(1.0 / LARGEST, LARGEST).sqrt() * r for p, r in zip(parts, real, strict=True)]
+    mean = sum(float(r.sum()) for r in roots) / tokens
+    return [root / mean for root in roots]
