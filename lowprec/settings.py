@@ -19,6 +19,7 @@ class Effort:
         tuning_tokens, held_out_tokens: tokens that the mix is verified on, and those of each look of the judge.
         checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
         compensated: round every mix that is measured once more, each group making up for those before it.
+        weighted: whether the tokens of the calibration text weigh as their gradients say in that.
         healing_passes: passes over the calibration text that tune the scales of every mix that is measured.
         rounds: verification rounds at most.
         window: tokens of a window.
@@ -36,6 +37,7 @@ class Effort:
     rounds: int
     window: int = 256
     solver: str = "gptq"
+    weighted: bool = False
     healing_passes: int = 0
 
 
@@ -74,6 +76,7 @@ EFFORTS = {
             checked_pairs=48,
             checked_tokens=8_192,
             compensated=True,
+            weighted=True,
             rounds=4,
             healing_passes=1,
         ),

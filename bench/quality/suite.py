@@ -1,6 +1,6 @@
 """Rounding against its peers on four unlike texts: perplexity, time and memory, calibrated on the same 64 x 512 tokens.
 
-    python bench/quality/suite.py .demo/model.gguf --out .bench/quality --auto-round VENV/bin/python
+    python bench/quality/suite.py .demo/model.gguf --peer auto-round=VENV/bin/python --peer hqq=OTHER/bin/python
 
 Every method runs in a process of its own (peers with the interpreter of their own environment), one after the other,
 and hands back the weights that it would compute with; those are judged here, in one runtime, against the same
@@ -47,19 +47,37 @@ PLAIN, COMPENSATED, HEALED = (
     ("compensated", "gptq-quick", "0"),
     ("healed", "gptq-quick", "1"),
 )
-# (scheme, rounding, whether scales are merged between layers before)
+# (scheme, rounding, whether scales are merged between layers before, whether calibration tokens weigh)
 OURS = (
-    ("w4a16-g64", PLAIN, 0),
-    ("w4a16-g64", COMPENSATED, 0),
-    ("w4a16-g64", HEALED, 0),
-    ("w4a16-g64", HEALED, 1),
-    ("w8a16", PLAIN, 0),
-    ("w8a8-int8", PLAIN, 0),
-    ("w8a8-int8", PLAIN, 1),
-    ("w8a8-int8", COMPENSATED, 1),
-    ("w8a8-int8", HEALED, 1),
-    ("w4a8-int8-g64", HEALED, 0),
-    ("w4a8-int8-g64", HEALED, 1),
+    ("w4a16-g64", PLAIN, 0, 0),
+    ("w4a16-g64", COMPENSATED, 0, 0),
+    ("w4a16-g64", COMPENSATED, 0, 1),
+    ("w4a16-g64", HEALED, 0, 0),
+    ("w4a16-g64", HEALED, 1, 0),
+    ("w8a16", PLAIN, 0, 0),
+    ("w8a8-int8", PLAIN, 0, 0),
+    ("w8a8-int8", PLAIN, 1, 0),
+    ("w8a8-int8", COMPENSATED, 1, 0),
+    ("w8a8-int8", HEALED, 1, 0),
+    ("w4a8-int8-g64", HEALED, 0, 0),
+    ("w4a8-int8-g64", HEALED, 1, 0),
+)
+# (peer, name, arguments of its worker)
+PEERS = (
+    ("auto-round", "AutoRound, 30 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "30")),
+    ("auto-round", "AutoRound, 200 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "200")),
+    ("llm-compressor", "llm-compressor GPTQ, int4 g64 symmetric", ("4", "64", "symmetric", "memoryless_minmax")),
+    (
+        "llm-compressor",
+        "llm-compressor GPTQ, MSE scales, int4 g64 symmetric",
+        ("4", "64", "symmetric", "memoryless_mse"),
+    ),
+    ("torchao", "torchao, int4 g64 symmetric", ("4", "64", "symmetric", "affine")),
+    ("torchao", "torchao, HQQ scales, int4 g64 symmetric", ("4", "64", "symmetric", "hqq_scale_only")),
+    ("bitsandbytes", "bitsandbytes NF4, g64", ("nf4", "64")),
+    ("onnxruntime", "onnxruntime, int4 g64 symmetric", ("4", "64", "symmetric")),
+    ("onnxruntime", "onnxruntime, int4 g64 asymmetric", ("4", "64", "asymmetric")),
+    ("hqq", "HQQ, int4 g64, float zero points", ("4", "64")),
 )
 
 
@@ -103,24 +121,27 @@ def methods(peers: Mapping[str, str]) -> list[Method]:
     """Ours, and those peers whose interpreter is given."""
     found = [
         Method(
-            name=f"lowprec {kind}{', smoothed' * smooth}, {scheme}",
+            name=f"lowprec {kind}{', weighted' * weigh}{', smoothed' * smooth}, {scheme}",
             worker="worker_lowprec.py",
             python=sys.executable,
-            arguments=(scheme, solver, passes, str(smooth)),
+            arguments=(scheme, solver, passes, str(smooth), str(weigh)),
             activation=scheme_named(scheme).activation,
         )
-        for scheme, (kind, solver, passes), smooth in OURS
+        for scheme, (kind, solver, passes), smooth, weigh in OURS
     ]
-    if "auto-round" in peers:
-        found += [
-            Method(
-                name=f"AutoRound, {iterations} iterations, int4 g64 symmetric",
-                worker="worker_auto_round.py",
-                python=peers["auto-round"],
-                arguments=("4", "64", "symmetric", iterations),
-            )
-            for iterations in ("30", "200")
-        ]
+    return found + [
+        Method(name=name, worker=f"worker_{peer.replace('-', '_')}.py", python=peers[peer], arguments=arguments)
+        for peer, name, arguments in PEERS
+        if peer in peers
+    ]
+
+
+def interpreters(peers: list[str]) -> dict[str, str]:
+    """Peer -> interpreter, of texts NAME=PYTHON."""
+    found = dict(peer.partition("=")[::2] for peer in peers)
+    known = {peer for peer, _, _ in PEERS}
+    if unknown := [name for name, python in found.items() if name not in known or not python]:
+        raise typer.BadParameter(f"{unknown[0]!r}: give NAME=PYTHON with a name of {', '.join(sorted(known))}")
     return found
 
 
@@ -205,7 +226,7 @@ def show(results: list[Result], console: Console) -> None:
 def main(
     model: Annotated[str, typer.Argument(help="A decoder: folder, GGUF file or name.")],
     out: Annotated[Path, typer.Option(help="Where results and intermediate files go.")] = Path(".bench/quality"),
-    auto_round: Annotated[str, typer.Option(help="Interpreter of an environment with auto-round.")] = "",
+    peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON of a peer's environment; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text to judge by.")] = 18_000,
     only: Annotated[str, typer.Option(help="Run the methods whose name holds this.")] = "",
     skip: Annotated[str, typer.Option(help="Leave out those whose name holds this.")] = "",
@@ -214,7 +235,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     loaded = load(model)
     judged = prepare(loaded, out, tokens)
-    known = methods({"auto-round": auto_round} if auto_round else {})
+    known = methods(interpreters(peer or []))
     wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
     folders = {method.name: run(method, out) for method in wanted}
     activations = {method.name: method.activation for method in wanted}

@@ -1,4 +1,9 @@
-"""llm-compressor's GPTQ, in its own environment: worker_llm_compressor.py MODEL CALIBRATION OUT BITS GROUP SYM."""
+"""llm-compressor's GPTQ, in its own environment.
+
+    worker_llm_compressor.py MODEL CALIBRATION OUT BITS GROUP SYM OBSERVER
+
+OBSERVER finds the scales: `memoryless_minmax` is its default, `memoryless_mse` searches.
+"""
 
 import sys
 
@@ -12,10 +17,16 @@ if __name__ == "__main__":
     from llmcompressor.modifiers.gptq import GPTQModifier
     from torch.utils.data import DataLoader
 
-    model_folder, calibration, out, bits, group, symmetric = sys.argv[1:]
+    model_folder, calibration, out, bits, group, symmetric, observer = sys.argv[1:]
     model, tokenizer = load_model(model_folder)
     rows = calibration_rows(calibration)
-    grid = {"num_bits": int(bits), "symmetric": symmetric == "symmetric", "strategy": "group", "group_size": int(group)}
+    grid = {
+        "num_bits": int(bits),
+        "symmetric": symmetric == "symmetric",
+        "strategy": "group",
+        "group_size": int(group),
+        "observer": observer,
+    }
     with Clock() as clock:
         oneshot(
             model=model,

@@ -1,8 +1,10 @@
-"""lowprec's rounding of one scheme for all layers: worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES SMOOTH.
+"""lowprec's rounding of one scheme for all layers.
+
+    worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES SMOOTH WEIGH
 
 SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated; PASSES of healing
-follow, 0 for none; SMOOTH is 1 when scales are merged between the layers first. The head stays as it is. These are the
-steps that `lowprec calibrate` takes for each mix.
+follow, 0 for none; SMOOTH is 1 when scales are merged between the layers first, WEIGH when calibration tokens weigh as
+their gradients say. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
 """
 
 import sys
@@ -31,7 +33,7 @@ from lowprec.steps.transform import smooth
 ROWS = 4
 
 if __name__ == "__main__":
-    model_folder, calibration, out, scheme, solver, passes, smoothed = sys.argv[1:]
+    model_folder, calibration, out, scheme, solver, passes, smoothed, weigh = sys.argv[1:]
     model, _ = load_model(model_folder)
     rows = calibration_rows(calibration)
     lengths = torch.full((ROWS,), rows.shape[1])
@@ -59,7 +61,7 @@ if __name__ == "__main__":
             inputs={},
             name="quality",
         )
-        if solver != "rtn":
+        if int(weigh):
             importance = token_importance(stream, groups, batches, Tokens())
             compensation = replace(compensation, importance=importance)
         weighed = clock.elapsed

@@ -78,7 +78,8 @@ class Mixes:
         self._tuning = Tuning(self._prepared)
         # Which rounding a mix is given depends on the effort, so what was measured does, too.
         prepared, settings = self._prepared, self._prepared.context.settings
-        rounding = {"rounding": f"{settings.effort.compensated} weighted {settings.healing_passes}"}
+        effort = settings.effort
+        rounding = {"rounding": f"{effort.compensated} {effort.weighted} {settings.healing_passes}"}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
         self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
         folder = prepared.context.folder
@@ -195,6 +196,8 @@ class Mixes:
     def _importance(self) -> Importance:
         """What calibration tokens weigh: that of the reference, so it serves all mixes."""
         prepared, context = self._prepared, self._prepared.context
+        if not context.settings.effort.weighted:
+            return {}
         with context.progress.step("importance"):
             return token_importance(
                 prepared.stream,
