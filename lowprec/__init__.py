@@ -8,8 +8,9 @@ the run's folder:
     begin -> prepare -> score -> check, price -> choose -> export -> prove -> summarise
 
 The stages are made of algorithms that know no settings: split, graph, calibrate, sensitivity, cost, allocate,
-Compensation, Healing, verify, judge. Most of what they take, a `Prepared` has ready: its stream, groups, schemes,
-rounder and batches. A `Scratch` is a folder for hidden states; `Model.outcome` says how outputs are weighed.
+token_importance, Compensation, Healing, verify, judge. Most of what they take, a `Prepared` has ready: its stream,
+groups, schemes, rounder and batches. A `Scratch` is a folder for hidden states; `Model.outcome` says how outputs are
+weighed.
 
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lowprec.steps.data import split
     from lowprec.steps.graph import find_groups as graph
     from lowprec.steps.heal import Healing
+    from lowprec.steps.importance import token_importance
     from lowprec.steps.judge import judge
     from lowprec.steps.load import Model, load, wrap
     from lowprec.steps.scratch import Scratch
@@ -120,6 +122,7 @@ _HOME = {
     "sources": "steps.sources:read_sources",
     "split": "steps.data:split",
     "summarise": "pipeline.summarise:summarise",
+    "token_importance": "steps.importance:token_importance",
     "verify": "steps.verify:verify",
     "wrap": "steps.load:wrap",
     "write_artefact": "artifacts.compressed_tensors:write_artefact",
@@ -184,6 +187,7 @@ __all__ = [
     "sources",
     "split",
     "summarise",
+    "token_importance",
     "verify",
     "wrap",
     "write_artefact",

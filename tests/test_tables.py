@@ -424,7 +424,7 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
 def test_a_run_for_bytes_quantises_an_embedding_that_is_not_tied(tmp_path: Path) -> None:
     report = lowprec.optimize(
         str(tiny.folder(tmp_path / "m", "llama-untied")), out=tmp_path / "out", budget="90%", objective="bytes",
-        effort=dataclasses.replace(tiny.EFFORT, compensated=True, healing_passes=1),
+        effort=dataclasses.replace(tiny.EFFORT, compensated=True, weighted=True, healing_passes=1),
         data=[str(tiny.text(tmp_path / "t.jsonl"))], schemes=["int8", "int4"],
     )  # fmt: skip
     table = next(g for g in report.groups if g.group == EMBEDDING)

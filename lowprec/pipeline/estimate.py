@@ -63,6 +63,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + effort.checked_pairs * effort.checked_tokens * 0.6
         + 3 * effort.tuning_tokens
         + 2 * effort.held_out_tokens
+        + (PASSES_FORWARD_BACKWARD + 1) * effort.calibration_tokens * effort.weighted
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
     )
     return Estimate(
