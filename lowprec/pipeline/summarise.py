@@ -140,7 +140,7 @@ class Accounts:
         return dollars_per_million_output_tokens(settings.workload, 1.0, price)
 
     def _bits(self, schemes: Mapping[str, Scheme]) -> float:
-        """Stored bits per parameter of the linear layers, scales and head included."""
+        """Stored bits per parameter of all groups, scales included; embeddings count where they may be rounded."""
         groups, own = self._groups, self.chosen.prepared.context.model.dtype.itemsize
         return 8.0 * sum(stored_bytes(groups[name], s, own) for name, s in schemes.items()) / self._parameters
 
@@ -175,7 +175,7 @@ class Accounts:
         return tuple(points)
 
     def _scheme_shares(self, schemes: Sequence[tuple[str, str]]) -> tuple[tuple[str, float], ...]:
-        """Scheme -> share of the linear layers' parameters."""
+        """Scheme -> share of the groups' parameters."""
         groups, found = self._groups, dict[str, float]()
         for name, scheme in schemes:
             found[scheme] = found.get(scheme, 0.0) + groups[name].parameters / self._parameters
