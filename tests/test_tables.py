@@ -343,6 +343,19 @@ def test_the_runtime_answers_as_the_dense_model(name: str, fmt: str, scheme: str
     assert float(apart.norm() / truth.norm()) < 0.05
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_fewer_rows_may_be_read_than_the_padding_row_stands_at(name: str) -> None:
+    model = tiny.decoder(name)
+    table = model.get_input_embeddings()
+    table.padding_idx = 17
+    expected = tiny.rounded(table.weight.detach(), "int8").dequantize()[[5, 17]].to(torch.bfloat16)
+    layer = "lm_head" if name == "llama" else EMBEDDING
+    solved = {layer: tiny.rounded(table.weight.detach(), "int8")}
+    tables = {layer: [EMBEDDING]}
+    convert_(model, solved, {layer: scheme_named("w8a16")}, kernels="reference", tables=tables)
+    assert torch.equal(model.get_input_embeddings()(torch.tensor([[5, 17]]))[0], expected)
+
+
 def test_a_cast_moves_what_is_read_and_not_the_codes() -> None:
     model, _ = tied_model("llama", "int4-g64-rows12", "w4a16-g64-rows12")
     before = read_codes(model)

@@ -125,6 +125,8 @@ def read_as(like: nn.Embedding, rows: Tensor, shape: torch.Size) -> Tensor:
     Models have embeddings of their own kinds (Gemma's scales what it reads), so theirs is what is run.
     """
     reader = copy.copy(like)
+    # It matters while training alone, and may lie beyond the rows that were read.
+    reader.padding_idx = None
     reader._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
     read: Tensor = reader.forward(torch.arange(len(rows), device=rows.device).view(shape))
     return read
