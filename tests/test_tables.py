@@ -127,7 +127,7 @@ def test_a_tied_embedding_joins_the_head_when_it_is_to_be_shared(name: str) -> N
     assert TIED[name] not in {u.name for u in find_groups(stream, embeddings=True)[1]}
 
 
-def test_bytes_as_the_objective_embeddings_and_others_do_not() -> None:
+def test_bytes_as_the_objective_round_embeddings_and_others_do_not() -> None:
     assert Settings(out=Path("x"), objective="bytes").rounds_embeddings
     assert not Settings(out=Path("x"), objective="time").rounds_embeddings
     assert Settings(out=Path("x"), objective="time", embeddings=True).rounds_embeddings
