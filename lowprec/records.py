@@ -33,7 +33,7 @@ class Scheme:
     """
 
     name: str
-    family: Literal["bf16", "fp8", "int8", "int4"]
+    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int3"]
     weight: str | None
     activation: str | None
 

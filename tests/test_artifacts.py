@@ -34,7 +34,11 @@ from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, Quantiz
 from lowprec.records import Budget, PrecisionPlan, Scheme, Workload
 from lowprec.results import CostResult, LossResult, SchemeShare, SourceLoss
 
-STORED = sorted(name for name, s in SCHEMES.items() if s.weight in WEIGHT_FORMATS and not for_tables(s))
+STORED = sorted(
+    name
+    for name, s in SCHEMES.items()
+    if s.weight in WEIGHT_FORMATS and WEIGHT_FORMATS[s.weight].symmetric and not for_tables(s)
+)
 INPUT_SCALE = 0.03125
 Q, K, V, O = (f"model.layers.0.self_attn.{x}_proj" for x in "qkvo")  # noqa: E741
 GATE, UP, DOWN = (f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down"))
@@ -92,7 +96,7 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     n, k = weight.shape
     slab = weight.detach().float().view(n, -1, form.group_size or k)
     scale = form.fit_scale(slab)
-    codes = form.round(slab, scale).view(n, k).to(form.code_dtype)
+    codes = form.round(slab, scale, form.fit_lowest(slab, scale)).view(n, k).to(form.code_dtype)
     return QuantizedWeight(format=form.name, codes=codes, scale=scale[..., 0])
 
 
@@ -156,6 +160,13 @@ def test_every_scheme_comes_back_bit_for_bit_and_answers_as_scored(tmp_path: Pat
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
     torch.testing.assert_close(answer(loaded), answer(scored(model, parts)), rtol=1e-5, atol=1e-6)
     assert written.weight_bytes + 8 < os.path.getsize(tmp_path / "a" / "model.safetensors")
+
+
+def test_zero_points_are_refused_with_the_reason(tmp_path: Path) -> None:
+    given = solve(llama(), {O: "w4a16-g32-asym"})
+    with pytest.raises(UnsupportedError, match="zero points, which are packed in files but not in the modules"):
+        write_artefact(tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral"])

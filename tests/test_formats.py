@@ -26,6 +26,7 @@ from lowprec.formats.rows import MixedRows
 WEIGHTS = list(WEIGHT_FORMATS)
 ACTIVATIONS = list(ACTIVATION_FORMATS)
 K = 256
+FAMILIES = ("bf16", "fp8", "int8", "int4", "int4-asym", "int3")
 
 
 def slabs(fmt: WeightFormat, seed: int = 0, rows: int = 6) -> Tensor:
@@ -36,14 +37,26 @@ def slabs(fmt: WeightFormat, seed: int = 0, rows: int = 6) -> Tensor:
     return w.view(rows, -1, fmt.group_size or K)
 
 
+def nearest(fmt: WeightFormat, x: Tensor, scale: Tensor) -> Tensor:
+    """Codes of slabs, in the windows that fit them where the format has windows."""
+    return fmt.round(x, scale, fmt.fit_lowest(x, scale))
+
+
 def encode(fmt: WeightFormat, x: Tensor, scale: Tensor) -> QuantizedWeight:
     """Codes of [rows, groups, g] slabs as a weight."""
-    codes = fmt.round(x, scale).reshape(len(x), -1)
+    codes = nearest(fmt, x, scale).reshape(len(x), -1)
     return QuantizedWeight(format=fmt.name, codes=codes.to(fmt.code_dtype), scale=scale[..., 0])
 
 
+def lowest_of(fmt: WeightFormat) -> Tensor | None:
+    """Where some window begins, for formats that have windows."""
+    return None if fmt.symmetric else torch.tensor([-6.0])
+
+
 def grid(fmt: WeightFormat) -> Tensor:
-    """All codes that the format has, rising."""
+    """All codes that the format has (those of the window of `lowest_of`), rising."""
+    if not fmt.symmetric:
+        return torch.arange(-6, -6 + 2**fmt.bits, dtype=torch.float32)
     if fmt.code_dtype == torch.float8_e4m3fn:
         every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
         return every[every.isfinite()].sort().values
@@ -58,12 +71,12 @@ def grid(fmt: WeightFormat) -> Tensor:
 def test_rounds_to_the_nearest_code(name: str, values: list[float], exponent: float) -> None:
     fmt, scale = WEIGHT_FORMATS[name], as_bfloat16(torch.tensor([2.0**exponent]))
     w = torch.tensor(values, dtype=torch.float32)
-    codes = fmt.round(w, scale)
+    codes = fmt.round(w, scale, lowest_of(fmt))
     assert bool(torch.isin(codes, grid(fmt)).all())
     distance = (w / scale - codes).abs()
-    nearest = (w[:, None] / scale - grid(fmt)).abs().amin(-1)
-    assert torch.equal(distance, nearest)
-    assert torch.equal(fmt.round(codes * scale, scale), codes), "rounding is idempotent"
+    least = (w[:, None] / scale - grid(fmt)).abs().amin(-1)
+    assert torch.equal(distance, least)
+    assert torch.equal(fmt.round(codes * scale, scale, lowest_of(fmt)), codes), "rounding is idempotent"
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -78,14 +91,15 @@ def test_round_trip(name: str, weighted: bool) -> None:
     assert torch.equal(as_bfloat16(scale), scale)
     quantized = encode(fmt, x, scale)
     assert quantized.codes.dtype == fmt.code_dtype
-    assert torch.equal(quantized.codes.to(torch.float32), fmt.round(x, scale).reshape(len(x), -1)), "codes are exact"
+    codes, lowest = nearest(fmt, x, scale), fmt.fit_lowest(x, scale)
+    assert torch.equal(quantized.codes.to(torch.float32), codes.reshape(len(x), -1)), "codes are exact"
     back = quantized.dequantize()
     assert back.dtype == torch.float32
-    again = fmt.round(back.view_as(x), scale)
-    assert torch.equal(again, fmt.round(x, scale)), "what is stored rounds to itself"
+    again = fmt.round(back.view_as(x), scale, lowest)
+    assert torch.equal(again, codes), "what is stored rounds to itself"
     # Inside the grid half a step is the largest error; a step is 1/8 of the value at most in E4M3.
-    codes = grid(fmt)
-    inside = (x > codes[0] * scale) & (x < codes[-1] * scale)
+    low = grid(fmt)[0] if lowest is None else lowest
+    inside = (x > low * scale) & (x < (low + grid(fmt)[-1] - grid(fmt)[0]) * scale)
     step = torch.maximum(x.abs() / 8, scale * 2.0**-9) if fmt.code_dtype == torch.float8_e4m3fn else scale
     assert bool(((back.view_as(x) - x).abs() <= 0.501 * step)[inside].all())
 
@@ -101,6 +115,17 @@ def test_scale_is_no_worse_than_the_absolute_maximum(name: str) -> None:
         return ((encode(fmt, x, scale).dequantize().view_as(x) - x).square() * importance).sum(-1)
 
     assert bool((error(fmt.fit_scale(x, importance)).sum(-1) <= error(plain).sum(-1) * 1.0001).all())
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, -2.0])
+def test_zero_points_pay_where_weights_lie_on_one_side(shift: float) -> None:
+    x = torch.randn(8, K // 32, 32, generator=torch.Generator().manual_seed(0)) + shift
+
+    def error(name: str) -> float:
+        fmt = WEIGHT_FORMATS[name]
+        return float((encode(fmt, x, fmt.fit_scale(x)).dequantize().view_as(x) - x).square().sum())
+
+    assert error("int4-g32-asym") < (0.95 if shift == 0 else 0.6) * error("int4-g32")
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -127,7 +152,7 @@ def test_saturates(name: str) -> None:
     fmt = WEIGHT_FORMATS[name]
     beyond = torch.tensor([-1e6, 1e6, -torch.inf, torch.inf])
     low, high = float(grid(fmt)[0]), float(grid(fmt)[-1])
-    assert fmt.round(beyond, torch.ones(1)).tolist() == [low, high, low, high]
+    assert fmt.round(beyond, torch.ones(1), lowest_of(fmt)).tolist() == [low, high, low, high]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -142,7 +167,7 @@ def test_values_that_are_not_finite_show(name: str, bad: float) -> None:
     hit = torch.zeros_like(scale, dtype=torch.bool)
     hit[1, 0] = True
     assert torch.equal(scale[~hit], expected[~hit]), "no other slab is touched"
-    assert bool((fmt.round(x, scale) * scale)[1, 0, 3].isnan())
+    assert bool((nearest(fmt, x, scale) * scale)[1, 0, 3].isnan())
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -155,7 +180,7 @@ def test_bytes_and_fit(name: str) -> None:
     groups = K // fmt.group_size if fmt.group_size else 1
     share = fmt.share if isinstance(fmt, MixedRows) else 0.0
     mark = 1 / 8 if isinstance(fmt, MixedRows) else 0.0
-    coarse, fine = K * fmt.bits / 8 + 2 * groups, K + 2
+    coarse, fine = K * fmt.bits / 8 + (2 if fmt.symmetric else 2 + fmt.bits / 8) * groups, K + 2
     assert fmt.bytes_per_row(K) == pytest.approx(share * fine + (1 - share) * coarse + mark)
     if fmt.group_size:
         reason = fmt.fits(fmt.group_size + 1)
@@ -227,8 +252,9 @@ def test_scheme_names_registered_formats(name: str) -> None:
 
 @pytest.mark.parametrize(("k", "size"), [(1024, 128), (576, 64), (96, 32)])
 def test_group_size_is_the_largest_that_divides(k: int, size: int) -> None:
-    for prefix in ("w4a16", "w4a8-int8", "w4a8-fp8"):
+    for prefix in ("w4a16", "w4a8-int8", "w4a8-fp8", "w3a16"):
         assert resolve(scheme_named(prefix), k) == scheme_named(f"{prefix}-g{size}")
+    assert resolve(scheme_named("w4a16-asym"), k) == scheme_named(f"w4a16-g{size}-asym")
 
 
 def test_schemes_that_do_not_fit() -> None:
@@ -240,12 +266,14 @@ def test_schemes_that_do_not_fit() -> None:
 
 
 def test_families() -> None:
-    names = {family: [s.name for s in schemes_of_family(family)] for family in ("bf16", "fp8", "int8", "int4")}
+    names = {family: [s.name for s in schemes_of_family(family)] for family in FAMILIES}
     assert names["bf16"] == ["bf16"]
     assert names["fp8"] == ["w8a8-fp8"]
     assert sorted(names["int8"]) == ["w8a16", "w8a8-int8"]
     rows = [f"w4a16-rows{percent}" for percent in (12, 25, 50, 6)]
     assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-fp8", "w4a8-int8"]
+    assert names["int4-asym"] == ["w4a16-asym"]
+    assert names["int3"] == ["w3a16"]
     assert {s.family for s in SCHEMES.values()} == set(names)
 
 
@@ -253,7 +281,7 @@ def test_families() -> None:
 def test_did_you_mean(asked: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
         scheme_named(asked)
-    with pytest.raises(ConfigError, match=r"did you mean 'int8'.*known: bf16, fp8, int4, int8"):
+    with pytest.raises(ConfigError, match=r"did you mean 'int8'.*known: bf16, fp8, int3, int4, int4-asym, int8"):
         schemes_of_family("int9")
 
 

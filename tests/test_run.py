@@ -330,6 +330,20 @@ def test_static_activations_and_chosen_schemes(place: Path, tmp_path: Path) -> N
     assert report.parity.holds
 
 
+def test_zero_points_and_three_bits_come_back_as_they_were_judged(place: Path, tmp_path: Path) -> None:
+    report = run(
+        place / "model", tmp_path / "out", place / "text.jsonl", schemes=["int4-asym", "int3"], budget="90%",
+        objective="bytes",
+    )  # fmt: skip
+    used = {s.scheme.split("-")[0] for s in report.schemes} - {"bf16"}
+    assert used
+    assert used <= {"w3a16", "w4a16"}
+    assert report.artefact_form == (
+        "lowprec" if any("asym" in s.scheme for s in report.schemes) else "compressed-tensors"
+    )
+    assert report.parity.holds
+
+
 def test_a_planned_device_is_modelled(place: Path, tmp_path: Path) -> None:
     report = run(place / "model", tmp_path / "out", place / "text.jsonl", device="h100", objective="dollars")
     assert report.cost.origin == "modelled"

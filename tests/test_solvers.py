@@ -11,7 +11,7 @@ from lowprec.errors import ConfigError, ModelError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, WeightFormat
 from lowprec.formats.base import as_bfloat16
 from lowprec.solvers import SOLVERS, LayerStatistics
-from lowprec.solvers.base import fit_scales
+from lowprec.solvers.base import fit_grid
 from lowprec.solvers.gptq import Gptq, output_error, refit_scales
 
 FORMATS = list(WEIGHT_FORMATS)
@@ -64,8 +64,11 @@ def test_contract(solver: str, name: str) -> None:
     assert found.scale.dtype == torch.float32
     assert torch.equal(as_bfloat16(found.scale), found.scale)
     assert bool((found.scale > 0).all())
-    codes = found.codes.to(torch.float32)
-    assert torch.equal(fmt.round(codes, torch.ones(1)), codes), "codes lie on the grid"
+    if fmt.symmetric:
+        codes = found.codes.to(torch.float32)
+        assert torch.equal(fmt.round(codes, torch.ones(1)), codes), "codes lie on the grid"
+    else:
+        assert fmt.refuses(found) is None, "codes lie in a window"
     again = SOLVERS[solver].solve(w, fmt, statistics)
     assert torch.equal(again.scale, found.scale)
     assert torch.equal(again.codes.view(torch.int8), found.codes.view(torch.int8)), "the same result every time"
@@ -151,7 +154,7 @@ def test_scales_weigh_columns_by_what_their_error_costs() -> None:
     h = h + Gptq().damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     importance = (1 / torch.linalg.inv(h).diagonal()).float()
     found = Gptq(rounds=0).solve(w, fmt, statistics)
-    assert float((found.scale == fit_scales(w, fmt, importance)).double().mean()) > 0.99
+    assert float((found.scale == fit_grid(w, fmt, importance)[0]).double().mean()) > 0.99
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int8"])
@@ -230,9 +233,11 @@ def test_rtn_without_statistics() -> None:
     for name in FORMATS:
         fmt = WEIGHT_FORMATS[name]
         found = SOLVERS["rtn"].solve(w, fmt, None)
-        assert torch.equal(found.scale, fit_scales(w, fmt, None))
-        scale = found.scale.repeat_interleave(w.shape[1] // found.scale.shape[1], 1)
-        assert torch.equal(found.codes.float(), fmt.round(w, scale))
+        expected, lowest = fit_grid(w, fmt, None)
+        assert torch.equal(found.scale, expected)
+        wide = w.shape[1] // found.scale.shape[1]
+        starts = None if lowest is None else lowest.repeat_interleave(wide, 1)
+        assert torch.equal(found.codes.float(), fmt.round(w, expected.repeat_interleave(wide, 1), starts))
 
 
 @pytest.mark.parametrize("solver", ALL)

@@ -54,6 +54,10 @@ OURS = (
     ("w4a16-g64", COMPENSATED, 0, 1),
     ("w4a16-g64", HEALED, 0, 0),
     ("w4a16-g64", HEALED, 1, 0),
+    ("w4a16-g32-asym", COMPENSATED, 0, 0),
+    ("w4a16-g32-asym", HEALED, 0, 0),
+    ("w3a16-g64", COMPENSATED, 0, 0),
+    ("w3a16-g64", HEALED, 0, 0),
     ("w8a16", PLAIN, 0, 0),
     ("w8a8-int8", PLAIN, 0, 0),
     ("w8a8-int8", PLAIN, 1, 0),
@@ -66,6 +70,8 @@ OURS = (
 PEERS = (
     ("auto-round", "AutoRound, 30 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "30")),
     ("auto-round", "AutoRound, 200 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "200")),
+    ("auto-round", "AutoRound, 30 iterations, int4 g32 asymmetric", ("4", "32", "asymmetric", "30")),
+    ("auto-round", "AutoRound, 30 iterations, int3 g64 symmetric", ("3", "64", "symmetric", "30")),
     ("llm-compressor", "llm-compressor GPTQ, int4 g64 symmetric", ("4", "64", "symmetric", "memoryless_minmax")),
     (
         "llm-compressor",

@@ -73,12 +73,16 @@ def _linear_fp32(state: State, x: Tensor) -> Tensor:
     return F.linear(x.to(torch.float32), state.tensors[0], None if bias is None else bias.to(torch.float32))
 
 
-def _block(operands: Operands, codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A block of rows as a matrix to multiply with: scaled when scales are per group, bare codes otherwise."""
-    if operands.weight != "int4" or scale is None:
+def _block(operands: Operands, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows as a matrix to multiply with: scaled when scales are per group, bare codes otherwise."""
+    codes = operands.codes[rows]
+    if operands.weight != "int4" or operands.scale is None:
         return codes.to(dtype)
-    values = (unpack_nibbles(codes) - INT4_OFFSET).to(torch.float32)
-    return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(values.shape).to(dtype)
+    scale = operands.scale[rows]
+    values = (unpack_nibbles(codes) - INT4_OFFSET).to(torch.float32).view(*scale.shape, -1)
+    if operands.zero is not None:
+        values = values - operands.zero[rows, :, None]
+    return (values * scale[..., None]).flatten(1).to(dtype)
 
 
 def _input(state: State, x: Tensor, activation: ActivationKind | None) -> tuple[Tensor, Tensor | None]:
@@ -100,11 +104,10 @@ def _dequantizing(weight: WeightKind, activation: ActivationKind | None, dtype: 
         values = values.to(dtype)
         blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
         rows = math.ceil(operands.n / blocks)
-        parts = []
-        for start in range(0, operands.n, rows):
-            codes = operands.codes[start : start + rows]
-            scale = None if operands.scale is None else operands.scale[start : start + rows]
-            parts.append(F.linear(values, _block(operands, codes, scale, dtype)))
+        parts = [
+            F.linear(values, _block(operands, slice(start, start + rows), dtype))
+            for start in range(0, operands.n, rows)
+        ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return _finish(y, row_scale, _column_scale(operands), operands.bias)
 
@@ -154,10 +157,11 @@ def _check_int4pack(n: int, k: int, group_size: int | None) -> str | None:
 
 
 def _int4pack_layout(operands: Operands) -> tuple[Tensor, ...]:
-    # The operator reads (nibble - 8) * scale + zero, so a symmetric weight has zero 0; scales come as [K/G, N, 2].
+    # The operator reads (nibble - 8) * scale + zero, so a symmetric weight has zero 0; both come as [K/G, N, 2].
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(operands.codes).contiguous(), 1)
-    scale = operands.scales().t().to(torch.bfloat16)
-    return packed, torch.stack((scale, torch.zeros_like(scale)), dim=-1).contiguous()
+    scale = operands.scales()
+    zero = torch.zeros_like(scale) if operands.zero is None else -operands.zero * scale
+    return packed, torch.stack((scale.t(), zero.t()), dim=-1).to(torch.bfloat16).contiguous()
 
 
 def _int4pack(activation: ActivationKind | None) -> Kernel:

@@ -34,6 +34,7 @@ class Operands:
         weight: the weight format's kind.
         codes: [N, K] bfloat16 (bf16), int8 or float8_e4m3fn, or [N, K/8] int32 words (int4, see `packing.py`).
         scale: [N, 1] or, int4, [N, K/G] float32 that holds bfloat16 values; None for bf16.
+        zero: int4 alone: [N, K/G] int8, the code (in [-8, 7]) that stands for zero in each group; None for 0.
         bias: [N] or None.
         activation_scale: calibrated scale of the activations (scalar), None when they are scaled per token.
     """
@@ -43,6 +44,7 @@ class Operands:
     scale: Tensor | None = None
     bias: Tensor | None = None
     activation_scale: Tensor | None = None
+    zero: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -107,6 +109,8 @@ class Kernel:
         """Lays the operands out; ValueError when they are of another kind."""
         if operands.weight != self.weight:
             raise ValueError(f"{self.name} computes {self.weight} weights, not {operands.weight}")
+        if operands.zero is not None and self.activation is not None:
+            raise ValueError(f"{self.name} computes symmetric weights, these have zero points")
         return State(operands=operands, tensors=self.layout(operands))
 
     def run(self, state: State, x: Tensor) -> Tensor:

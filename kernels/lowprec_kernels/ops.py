@@ -6,7 +6,7 @@
 | quantize_per_token_fp8 | x[M,K] float | codes[M,K] e4m3fn, scale[M,1] f32 |
 | w8a8_int8_gemm, w8a8_fp8_gemm | x_codes[M,K], x_scale[M,1], w_codes[N,K], w_scale[N,1], bias[N]?, out_dtype | y[M,N] |
 | w8a16_gemm | x[M,K] float, w_codes[N,K] int8, w_scale[N,1], bias[N]? | y[M,N] in x's dtype |
-| w4a16_gemm | x[M,K] float, w_packed[N,K/8] int32, w_scale[N,K/G], bias[N]?, group_size | y[M,N] in x's dtype |
+| w4a16_gemm | x[M,K] float, w_packed[N,K/8] int32, w_scale[N,K/G], bias[N]?, group_size, w_zero[N,K/G]? int8 | y[M,N] |
 | w4a8_int8_gemm, w4a8_fp8_gemm | x_codes, x_scale, w_packed, w_scale, bias?, group_size, out_dtype | y[M,N] |
 
 Scales are float32, bias any float dtype, M may be 0, operands may have any strides. Integer products are summed
@@ -144,22 +144,32 @@ def _(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tenso
     return x.new_empty((x.shape[0], w_codes.shape[0]))
 
 
-def _check_w4a16(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int) -> None:
+def _check_w4a16(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None
+) -> None:
     _check_x("w4a16_gemm", x)
     _check_packed("w4a16_gemm", x.shape[1], w_packed, w_scale, group_size)
     _check_pair("w4a16_gemm", w_packed.shape[1], w_packed.shape[0], w_packed, bias)
+    if w_zero is not None and (w_zero.shape != w_scale.shape or w_zero.dtype != torch.int8):
+        raise ValueError(
+            f"w4a16_gemm: w_zero must be {tuple(w_scale.shape)} int8, not {w_zero.dtype} {tuple(w_zero.shape)}"
+        )
 
 
 @torch.library.custom_op("lowprec::w4a16_gemm", mutates_args=())
-def w4a16_gemm(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+def w4a16_gemm(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
+) -> Tensor:
     """Float activations times grouped INT4 weights; see the table above."""
-    _check_w4a16(x, w_packed, w_scale, bias, group_size)
-    return reference.w4a16_gemm(x, w_packed, w_scale, bias, group_size)
+    _check_w4a16(x, w_packed, w_scale, bias, group_size, w_zero)
+    return reference.w4a16_gemm(x, w_packed, w_scale, bias, group_size, w_zero)
 
 
 @w4a16_gemm.register_fake
-def _(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    _check_w4a16(x, w_packed, w_scale, bias, group_size)
+def _(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
+) -> Tensor:
+    _check_w4a16(x, w_packed, w_scale, bias, group_size, w_zero)
     return x.new_empty((x.shape[0], w_packed.shape[0]))
 
 

@@ -3,7 +3,7 @@
     quantize   s_t = max(max_k |x_tk| / q, 1e-12),  codes = round(x / s_t)             q = 127 (int8), 448 (fp8 e4m3)
     w8a8       y = s_t s_n sum_k xc_tk wc_nk + b
     w8a16      y = s_n sum_k x_tk wc_nk + b
-    w4a16      y = sum_g s_ng sum_{k in g} x_tk wc_nk + b
+    w4a16      y = sum_g s_ng sum_{k in g} x_tk (wc_nk - z_ng) + b
     w4a8       y = s_t sum_g s_ng sum_{k in g} xc_tk wc_nk + b
 
 Sums over codes are done in float64, in which any sum of int8 products is exact, so the integer accumulators are those
@@ -64,10 +64,12 @@ def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     return (y if bias is None else y + bias.to(torch.float64)).to(out_dtype)
 
 
-def grouped_weight(w_packed: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
-    """[N, K/8] words and [N, K/G] scales -> [N, K] float64."""
+def grouped_weight(w_packed: Tensor, w_scale: Tensor, group_size: int, w_zero: Tensor | None = None) -> Tensor:
+    """[N, K/8] words, [N, K/G] scales and codes that stand for zero -> [N, K] float64."""
     codes = unpack_int4(w_packed).to(torch.float64)
     grouped = codes.reshape(*w_scale.shape, group_size)
+    if w_zero is not None:
+        grouped = grouped - w_zero.to(torch.float64)[..., None]
     return (grouped * w_scale.to(torch.float64)[..., None]).reshape(codes.shape)
 
 
@@ -93,9 +95,11 @@ def w8a16_gemm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None)
     return _finish(sums * w_scale.to(torch.float64).t(), bias, x.dtype)
 
 
-def w4a16_gemm(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    """x [M, K] float, w_packed [N, K/8] int32, w_scale [N, K/G], bias [N] or None -> [M, N] in x's dtype."""
-    return _finish(x.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size).t(), bias, x.dtype)
+def w4a16_gemm(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
+) -> Tensor:
+    """x [M, K] float, [N, K/8] int32, [N, K/G], [N] or None, [N, K/G] int8 or None -> [M, N] in x's dtype."""
+    return _finish(x.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size, w_zero).t(), bias, x.dtype)
 
 
 def w4a8_int8_gemm(

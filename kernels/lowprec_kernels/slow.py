@@ -35,7 +35,9 @@ def linear64(operands: Operands, activation: ActivationKind | None, x: Tensor) -
         y = x.to(torch.float64) @ operands.codes.to(torch.float64).t()
         return y if operands.bias is None else y + operands.bias.to(torch.float64)
     left = (x.to(torch.float64),) if activation is None else _quantized(x, activation, operands.activation_scale)
-    group = () if operands.group_size is None else (operands.group_size,)
+    group: tuple[object, ...] = () if operands.group_size is None else (operands.group_size,)
+    if operands.zero is not None:
+        group = (*group, operands.zero)
     dtype = () if activation is None else (torch.float64,)
     op = ops.OPS[ops.GEMMS[operands.weight, activation]]
     found: Tensor = op(*left, operands.codes, operands.scales(), operands.bias, *group, *dtype)

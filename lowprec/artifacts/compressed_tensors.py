@@ -11,14 +11,13 @@ renamed into it. One tensor at a time is in memory. Tied embeddings: when the he
 not, the two part (`tie_word_embeddings` false, the embedding stored as it is); otherwise the tie stays, stored once.
 
 Source: github.com/vllm-project/compressed-tensors (configuration classes, packing of codes into int32).
-Left out: Conv1D (see `ct_schemes.unsupported` and `own_form`), fused experts, asymmetric grids, sparsity, KV-cache
-schemes.
+Left out: Conv1D (see `ct_schemes.unsupported` and `own_form`), zero points (there, too), fused experts, sparsity,
+KV-cache schemes.
 """
 
 import contextlib
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,16 +27,16 @@ from typing import Any, TypeVar
 
 import compressed_tensors
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from lowprec.artifacts.ct_checks import Skeleton, check_layers, check_tensors, skeleton_of
 from lowprec.artifacts.ct_schemes import MIXED, PACKED, quantization_scheme, runtime_notes, storage_format
 from lowprec.artifacts.folder import explained, require_space, sync_folder, write_text
+from lowprec.artifacts.packed import code_shape, pack_codes
 from lowprec.artifacts.safetensors_io import TensorEntry, write_safetensors
 from lowprec.errors import ArtifactError
-from lowprec.formats.base import SCALE_DTYPE, WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.base import SCALE_DTYPE, QuantizedWeight
 from lowprec.records import Scheme
 
 SHARD_BYTES = 5_000_000_000
@@ -144,7 +143,6 @@ def _kept_entries(
 
 def _layer_entries(layer: str, scheme: Scheme, weight: QuantizedWeight) -> list[TensorEntry]:
     n, k = weight.codes.shape
-    bits = WEIGHT_FORMATS[weight.format].bits
 
     def entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], produce: Callable[[], Tensor]) -> TensorEntry:
         return TensorEntry(name=f"{layer}.{name}", dtype=dtype, shape=shape, produce=produce)
@@ -152,9 +150,8 @@ def _layer_entries(layer: str, scheme: Scheme, weight: QuantizedWeight) -> list[
     scale = entry("weight_scale", SCALE_DTYPE, tuple(weight.scale.shape), lambda: weight.scale.to(SCALE_DTYPE))
     if storage_format(scheme) != PACKED:
         return [entry("weight", weight.codes.dtype, (n, k), lambda: weight.codes), scale]
-    words = math.ceil(k * bits / 32)
     return [
-        entry("weight_packed", torch.int32, (n, words), lambda: pack_to_int32(weight.codes.cpu(), bits)),
+        entry("weight_packed", torch.int32, code_shape(weight.format, n, k), lambda: pack_codes(weight)),
         entry("weight_shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
         scale,
     ]

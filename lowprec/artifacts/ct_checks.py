@@ -129,8 +129,8 @@ def weight_reason(shape: tuple[int, int], scheme: Scheme, weight: QuantizedWeigh
         return misfit
     if tuple(codes.shape) != (n, k) or codes.dtype != form.code_dtype:
         return f"codes are {codes.dtype} {list(codes.shape)}, not {form.code_dtype} {[n, k]}"
-    if storage_format(scheme) == PACKED and k % (32 // form.bits):
-        return f"K = {k} is not a multiple of the {32 // form.bits} codes that share an int32"
+    if storage_format(scheme) == PACKED and k * form.bits % 32:
+        return f"rows of K = {k} codes of {form.bits} bits do not end with an int32"
     groups = k // (form.group_size or k)
     if tuple(scale.shape) != (n, groups):
         return f"scales are {list(scale.shape)}, not {[n, groups]}"

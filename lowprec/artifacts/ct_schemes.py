@@ -3,6 +3,7 @@
 | scheme            | `format`         | stored weight                          | input activations    |
 |-------------------|------------------|----------------------------------------|----------------------|
 | w4a16-g*          | pack-quantized   | int32 [N, K/8], eight codes each       | -                    |
+| w3a16-g*          | pack-quantized   | int32 [N, 3K/32], 32 codes to three    | -                    |
 | w8a16             | pack-quantized   | int32 [N, K/4], four codes each        | -                    |
 | w8a8-int8         | int-quantized    | int8 [N, K]                            | int8, dynamic, token |
 | w8a8-fp8          | float-quantized  | float8_e4m3fn [N, K]                   | fp8, dynamic, token  |
@@ -20,7 +21,7 @@ from typing import Any, Final
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from lowprec.formats.schemes import for_tables
+from lowprec.formats.schemes import ASYMMETRIC, for_tables
 from lowprec.records import Scheme
 
 MIXED: Final = "mixed-precision"
@@ -95,6 +96,11 @@ def unsupported(module: Any, scheme: Scheme) -> str | None:
         return f"{name} is not nn.Linear, and a loader of compressed-tensors would leave it with random weights"
     if for_tables(scheme):
         return f"{scheme.name} has rows of two widths, and compressed-tensors knows one width for a tensor"
+    if scheme.weight.endswith(ASYMMETRIC):
+        # Seen with transformers 5.24 and compressed-tensors 0.20: `from_pretrained` ends in a size mismatch.
+        return (
+            f"{scheme.name} has zero points, which are packed in files but not in the modules that transformers makes"
+        )
     if scheme.weight not in WEIGHT_FORMATS:
         return f"{scheme.name} has no group size yet: resolve it for the layer's K first"
     return None
@@ -111,6 +117,8 @@ def runtime_notes(schemes: Iterable[Scheme], quantized_head: bool) -> tuple[str,
                 "w4a16: vLLM on a CPU with AMX rounds the layers' inputs to INT8 as well, which was not scored; "
                 "VLLM_CPU_INT4_W4A8=0 prevents it"
             )
+        if scheme.name.startswith("w3a16"):
+            notes.add("w3a16: vLLM has no kernel for three bits; transformers loads it")
         if scheme.name.startswith("w4a8-int8"):
             notes.add("w4a8-int8: vLLM runs it on CPUs only, and stores a byte for each 4-bit code")
         if scheme.name.startswith("w4a8-fp8"):

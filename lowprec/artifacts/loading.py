@@ -31,17 +31,17 @@ import torch
 import transformers
 from compressed_tensors.compressors import decompress_module
 from compressed_tensors.compressors.model_compressors import model_compressor
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization.lifecycle import apply as ct_apply
 from torch import Tensor, nn
 
 from lowprec.artifacts.compressed_tensors import INDEX, OWN_FORM, recover
 from lowprec.artifacts.ct_checks import architecture_of
 from lowprec.artifacts.own_form import Manifest, form_of, kept_tensors, read_own_form
+from lowprec.artifacts.packed import unpack
 from lowprec.artifacts.safetensors_io import load_tensors, read_header
 from lowprec.artifacts.source import weights_digest
 from lowprec.errors import ArtifactError, ConfigError, ModelError
-from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.base import ACTIVATION_FORMATS, QuantizedWeight
 from lowprec.formats.schemes import SCHEMES
 from lowprec.records import Scheme
 from lowprec.registry import closest
@@ -133,11 +133,8 @@ def _read_layer(path: Path, files: dict[str, Path], layer: str, scheme: Scheme) 
 
     scale = tensor("weight_scale").to(torch.float32)
     if f"{layer}.weight_packed" in files:
-        shape = torch.Size(tensor("weight_shape").tolist())
-        codes = unpack_from_int32(tensor("weight_packed"), WEIGHT_FORMATS[scheme.weight].bits, shape)
-    else:
-        codes = tensor("weight")
-    return QuantizedWeight(format=scheme.weight, codes=codes, scale=scale)
+        return unpack(scheme.weight, tensor("weight_packed"), None, scale, int(tensor("weight_shape")[1]))
+    return QuantizedWeight(format=scheme.weight, codes=tensor("weight"), scale=scale)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 Layout of the folder:
 
     lowprec.json           `Manifest`: form, model, revision, and scheme, shape and input scale of every layer
-    lowprec.safetensors    <layer>.codes   [N, K] int8 or float8_e4m3fn; of 4 bits [N, K/8] int32, see
-                                           `lowprec_kernels.packing`
+    lowprec.safetensors    <layer>.codes   [N, K] int8 or float8_e4m3fn; of fewer bits int32 words, see
+                                           `lowprec.artifacts.packed`
                            <layer>.scale   [N, K/G] bfloat16
+                           <layer>.zero    int32 words, for formats with zero points
                            of rows of two widths (`lowprec.formats.rows`): <layer>.rows [N/8] uint8, a bit a row, the
                            lowest first, set where it is INT8; <layer>.fine.codes, .fine.scale, .coarse.codes,
                            .coarse.scale as above, the rows of each kind in their order
@@ -42,6 +43,7 @@ from lowprec.artifacts.compressed_tensors import (
 )
 from lowprec.artifacts.ct_checks import check_tensors, scale_reason, skeleton_of, weight_reason
 from lowprec.artifacts.folder import atomic_write, write_text
+from lowprec.artifacts.packed import code_shape, pack_codes, pack_zeros, unpack, zero_shape
 from lowprec.artifacts.safetensors_io import (
     TensorEntry,
     load_tensors,
@@ -56,7 +58,6 @@ from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import SCHEMA_VERSION, ArtefactForm, Scheme, digest, from_json, to_json
 from lowprec.registry import closest
 from lowprec.runtime.convert import weight_of, weighted_modules
-from lowprec_kernels.packing import CODES_PER_WORD, pack_int4, unpack_int4
 
 WEIGHTS = "lowprec.safetensors"
 BOUND = "lowprec_artefact"
@@ -96,9 +97,14 @@ class StoredLayer:
 
 
 def _pair(name: str, fmt: WeightFormat, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Codes and scales of [n, k] weights; of 4 bits eight codes share a word."""
-    codes = (torch.int32, (n, k // CODES_PER_WORD)) if fmt.bits == 4 else (fmt.code_dtype, (n, k))
-    return {f"{name}.codes": codes, f"{name}.scale": (SCALE_DTYPE, (n, k // (fmt.group_size or k)))}
+    """Codes, scales and zero points of [n, k] weights; codes of fewer than 8 bits lie in words."""
+    codes = (fmt.code_dtype, (n, k)) if fmt.bits == 8 else (torch.int32, code_shape(fmt.name, n, k))
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.codes": codes,
+        f"{name}.scale": (SCALE_DTYPE, (n, k // (fmt.group_size or k))),
+    }
+    zeros = zero_shape(fmt.name, n, k)
+    return found if zeros is None else {**found, f"{name}.zero": (torch.int32, zeros)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,8 +274,9 @@ def _entries(layer: StoredLayer, weight: QuantizedWeight) -> list[TensorEntry]:
 
 
 def _producers(weight: QuantizedWeight) -> list[Callable[[], Tensor]]:
-    packed = WEIGHT_FORMATS[weight.format].bits == 4
-    return [lambda: pack_int4(weight.codes) if packed else weight.codes, lambda: weight.scale.to(SCALE_DTYPE)]
+    fmt = WEIGHT_FORMATS[weight.format]
+    made = [lambda: pack_codes(weight) if fmt.bits < 8 else weight.codes, lambda: weight.scale.to(SCALE_DTYPE)]
+    return made if fmt.symmetric else [*made, lambda: pack_zeros(weight)]
 
 
 def _bits(rows: Tensor) -> Tensor:
@@ -331,18 +338,20 @@ def _weight(layer: StoredLayer, tensors: Mapping[str, Tensor], file: Path) -> Qu
     name = str(layer.scheme.weight)
     fmt = WEIGHT_FORMATS[name]
     if not isinstance(fmt, MixedRows):
-        return _one(layer.name, name, tensors)
+        return _one(layer.name, name, tensors, layer.k)
     rows = _rows(tensors[f"{layer.name}.rows"], layer.n)
     if int(rows.sum()) != fmt.fine_rows(layer.n):
         raise ArtifactError(file, f"is damaged: {layer.name} has {int(rows.sum())} INT8 rows; copy the artefact again")
-    fine, coarse = (_one(f"{layer.name}.{kind}", f, tensors) for kind, f in (("fine", FINE), ("coarse", fmt.coarse)))
+    kinds = (("fine", FINE), ("coarse", fmt.coarse))
+    fine, coarse = (_one(f"{layer.name}.{kind}", f, tensors, layer.k) for kind, f in kinds)
     return fmt.joined(rows, fine, coarse)
 
 
-def _one(prefix: str, fmt: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    codes, scale = tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"]
-    packed = WEIGHT_FORMATS[fmt].bits == 4
-    return QuantizedWeight(format=fmt, codes=unpack_int4(codes) if packed else codes, scale=scale.to(torch.float32))
+def _one(prefix: str, fmt: str, tensors: Mapping[str, Tensor], k: int) -> QuantizedWeight:
+    codes, scale = tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"].to(torch.float32)
+    if WEIGHT_FORMATS[fmt].bits < 8:
+        return unpack(fmt, codes, tensors.get(f"{prefix}.zero"), scale, k)
+    return QuantizedWeight(format=fmt, codes=codes, scale=scale)
 
 
 def kept_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:

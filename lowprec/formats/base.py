@@ -26,7 +26,8 @@ class QuantizedWeight:
 
     Attributes:
         format: name of the weight format.
-        codes: [N, K], int8 (integer formats; 4-bit codes lie in [-8, 7]) or float8_e4m3fn.
+        codes: [N, K], int8 (integer formats; 4-bit codes lie in [-8, 7], with a zero point taken off in [-15, 15]) or
+            float8_e4m3fn.
         scale: [N, K / group_size], float32 holding bfloat16 values.
         exponents: [K] int8, what the columns were multiplied with before they were rounded, as powers of two, until
             the layer before divides by it (`lowprec.transforms`); None for nothing.
@@ -64,6 +65,10 @@ class WeightFormat(Protocol):
         """Columns that share a scale; None for the whole row."""
 
     @property
+    def symmetric(self) -> bool:
+        """False when each slab has a zero point, which is stored with its scale."""
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """What codes are held in, in memory."""
 
@@ -83,8 +88,12 @@ class WeightFormat(Protocol):
             importance: [g] or [..., g] non-negative weights of the squared error, None for plain absolute maximum.
         """
 
-    def round(self, w: Tensor, scale: Tensor) -> Tensor:
-        """Nearest code of each weight, as float32 (the code's value), same shape as `w`; `scale` broadcasts."""
+    def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor | None:
+        """Smallest code that each slab may have, [..., g] and its scales [..., 1] -> [..., 1] float32; None where that
+        is the same for all slabs (symmetric formats)."""
+
+    def round(self, w: Tensor, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
+        """Nearest code of each weight, as float32 (the code's value), same shape as `w`; the others broadcast."""
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """[N, K] codes and [N, groups] scales -> [N, K] float32 weights."""

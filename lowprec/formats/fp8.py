@@ -31,6 +31,7 @@ class Fp8Weight:
     group_size: int | None = None
     code_dtype: torch.dtype = torch.float8_e4m3fn
     tolerance: float = 1e-2
+    symmetric: bool = True
 
     def fits(self, k: int) -> str | None:
         """Any K fits."""
@@ -40,7 +41,11 @@ class Fp8Weight:
         """[..., g] -> [..., 1]: a floating grid gains nothing from clipping, so `importance` is not used."""
         return as_bfloat16(slab.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(TINY)
 
-    def round(self, w: Tensor, scale: Tensor) -> Tensor:
+    def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> None:
+        """The grid is symmetric."""
+        return
+
+    def round(self, w: Tensor, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
         """Nearest E4M3 value, as float32."""
         return _to_grid(w / scale)
 

@@ -4,8 +4,8 @@
 
 Stored as eight codes to an int32 by the compressed-tensors packing. The scale is the one that minimises the
 importance-weighted squared error over a fixed set of shrunken absolute maxima (the clipping search of OCTAV and AWQ,
-arXiv 2306.00978, section 3): plain absolute maximum wastes levels on outliers. Asymmetric grids are left out: the
-fast kernels want symmetric ones.
+arXiv 2306.00978, section 3): plain absolute maximum wastes levels on outliers. With zero points:
+`lowprec.formats.asymmetric`.
 """
 
 from lowprec.formats.base import WEIGHT_FORMATS

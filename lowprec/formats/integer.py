@@ -29,6 +29,7 @@ class SymmetricInteger:
     group_size: int | None
     code_dtype: torch.dtype = torch.int8
     tolerance: float = 1e-2
+    symmetric: bool = True
 
     @property
     def qmax(self) -> int:
@@ -63,7 +64,11 @@ class SymmetricInteger:
             best_error = torch.where(better, error, best_error)
         return best_scale
 
-    def round(self, w: Tensor, scale: Tensor) -> Tensor:
+    def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> None:
+        """All slabs begin at `qmin`."""
+        return
+
+    def round(self, w: Tensor, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
         """Nearest code of each weight, as float32."""
         return (w / scale).round().clamp(self.qmin, self.qmax)
 

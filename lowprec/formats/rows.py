@@ -40,6 +40,7 @@ class MixedRows:
     bits: int = 4
     code_dtype: torch.dtype = torch.int8
     tolerance: float = 1e-2
+    symmetric: bool = True
 
     @property
     def coarse(self) -> str:
@@ -64,7 +65,11 @@ class MixedRows:
         """[..., g] -> [..., 1], the coarse grid's scale."""
         return self._coarse.fit_scale(slab, importance)
 
-    def round(self, w: Tensor, scale: Tensor) -> Tensor:
+    def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> None:
+        """Both grids are symmetric."""
+        return
+
+    def round(self, w: Tensor, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
         """Nearest code of the coarse grid."""
         return self._coarse.round(w, scale)
 

@@ -1,8 +1,9 @@
 """Schemes: which weight format meets which activation format, under the field's names.
 
 A scheme changes the numbers; two kernels that compute the same numbers are forms of one scheme.
-`w4a16` and `w4a8-*` without a group size mean: the largest of 128, 64, 32 that divides K. `w4a16-rows25` is for tables
-of a vocabulary alone: INT4 with the 25 % of rows that matter most in INT8 (`lowprec.formats.rows`).
+`w4a16`, `w4a8-*` and `w3a16` without a group size mean: the largest of 128, 64, 32 that divides K. `w4a16-asym` is
+INT4 with zero points. `w4a16-rows25` is for tables of a vocabulary alone: INT4 with the 25 % of rows that matter most
+in INT8 (`lowprec.formats.rows`).
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from lowprec.registry import closest
 GROUP_SIZES = (128, 64, 32)
 ROW_PERCENTS = (6, 12, 25, 50)
 ROWS = "-rows"
+ASYMMETRIC = "-asym"
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -32,10 +34,13 @@ def _schemes() -> dict[str, Scheme]:
             Scheme(name=f"{prefix}-g{g}", family="int4", weight=f"int4-g{g}", activation=activation)
             for g in GROUP_SIZES
         ]
-    for percent in ROW_PERCENTS:
-        for size in ("", *(f"-g{g}" for g in GROUP_SIZES)):
+    for size in ("", *(f"-g{g}" for g in GROUP_SIZES)):
+        for percent in ROW_PERCENTS:
             rows = f"{size}{ROWS}{percent}"
             found.append(Scheme(name=f"w4a16{rows}", family="int4", weight=f"int4{rows}", activation=None))
+        zero = f"{size}{ASYMMETRIC}"
+        found.append(Scheme(name=f"w4a16{zero}", family="int4-asym", weight=f"int4{zero}", activation=None))
+        found.append(Scheme(name=f"w3a16{size}", family="int3", weight=f"int3{size}", activation=None))
     return {scheme.name: scheme for scheme in found}
 
 
@@ -95,8 +100,8 @@ def resolve(scheme: Scheme, k: int) -> Scheme:
         return scheme
     for size in GROUP_SIZES:
         if k % size == 0:
-            prefix, rows, percent = scheme.name.partition(ROWS)
-            return scheme_named(f"{prefix}-g{size}{rows}{percent}")
+            prefix = scheme.name.partition(ROWS)[0].removesuffix(ASYMMETRIC)
+            return scheme_named(f"{prefix}-g{size}{scheme.name.removeprefix(prefix)}")
     raise UnsupportedError(
         f"scheme {scheme.name} does not fit K = {k}", (f"none of the group sizes {GROUP_SIZES} divides {k}",)
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.formats.asymmetric import offset_codes
 from lowprec.records import CostSample, Scheme
 from lowprec.registry import closest
 from lowprec.runtime.measure import measure_kernels
@@ -45,9 +46,14 @@ def fewest_rows(m: int) -> int:
 
 def kinds(scheme: Scheme) -> tuple[WeightKind, ActivationKind | None]:
     """The kinds of weight and activation that kernels are asked for: "int4-g64" is "int4", "int8-static" "int8"."""
-    weight = "bf16" if scheme.weight is None else scheme.weight.split("-")[0]
+    weight = "bf16" if scheme.weight is None else weight_kind(scheme.weight)
     activation = None if scheme.activation is None else scheme.activation.split("-")[0]
-    return cast(WeightKind, weight), cast(ActivationKind | None, activation)
+    return weight, cast(ActivationKind | None, activation)
+
+
+def weight_kind(fmt: str) -> WeightKind:
+    """The kind that kernels know a weight format by; INT3 is computed with as INT4, of which it uses half the codes."""
+    return cast(WeightKind, fmt.split("-")[0].replace("int3", "int4"))
 
 
 def group_size_of(scheme: Scheme) -> int | None:
@@ -58,15 +64,19 @@ def group_size_of(scheme: Scheme) -> int | None:
 def operands_of(
     weight: QuantizedWeight, bias: Tensor | None = None, activation_scale: Tensor | None = None
 ) -> Operands:
-    """A solved weight in the kernels' terms; INT4 codes are packed."""
-    kind = cast(WeightKind, weight.format.split("-")[0])
-    codes = pack_int4(weight.codes) if kind == "int4" else weight.codes
+    """A solved weight in the kernels' terms; codes of 4 bits or fewer are packed, eight to a word."""
+    kind = weight_kind(weight.format)
+    codes, zero = weight.codes, None
+    if not WEIGHT_FORMATS[weight.format].symmetric:
+        codes, zero = offset_codes(weight)
+    codes = pack_int4(codes) if kind == "int4" else codes
     return Operands(
         weight=kind,
         codes=codes.contiguous(),
         scale=weight.scale.to(torch.float32).contiguous(),
         bias=bias,
         activation_scale=None if activation_scale is None else activation_scale.to(torch.float32),
+        zero=zero,
     )
 
 

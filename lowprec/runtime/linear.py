@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.formats.asymmetric import from_offset
 from lowprec.records import Scheme
 from lowprec.runtime.dispatch import KernelTable, bucket_of, choose, kinds, operands_of
 from lowprec_kernels.kernel import Kernel, Operands, State
@@ -20,9 +21,10 @@ DENSE_TOLERANCE = 1e-2
 class QuantLinear(nn.Module):
     """y = x W^T + b with W in codes.
 
-    Buffers: `codes` ([N, K], or [N, K/8] packed words for INT4), `scale` ([N, K/G] float32), `bias` ([N]),
-    `activation_scale` (scalar, static schemes only). Converting the module to another dtype leaves them as they are;
-    moving it to another device moves them. Layouts that kernels prepare are made on first use and kept.
+    Buffers: `codes` ([N, K], or [N, K/8] packed words for INT4), `scale` ([N, K/G] float32), `zero` ([N, K/G] int8,
+    where the format has zero points), `bias` ([N]), `activation_scale` (scalar, static schemes only). Converting the
+    module to another dtype leaves them as they are; moving it to another device moves them. Layouts that kernels
+    prepare are made on first use and kept.
 
     Args:
         operands: the stored weight.
@@ -32,6 +34,7 @@ class QuantLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor | None
+    zero: Tensor | None
     bias: Tensor | None
     activation_scale: Tensor | None
 
@@ -46,7 +49,7 @@ class QuantLinear(nn.Module):
         if static != (operands.activation_scale is not None):
             wanted = "needs a calibrated activation scale" if static else "scales activations itself"
             raise ConfigError(f"scheme {self.scheme.name} {wanted}; calibrate the layer or choose another scheme")
-        for name in ("codes", "scale", "bias", "activation_scale"):
+        for name in ("codes", "scale", "zero", "bias", "activation_scale"):
             self.register_buffer(name, getattr(operands, name))
         self.kernels = choose(kernels, self.scheme, operands.n, operands.k, operands.codes.device.type)
         self._states: dict[str, State] = {}
@@ -79,13 +82,17 @@ class QuantLinear(nn.Module):
             weight=self._weight_kind,
             codes=self.codes,
             scale=self.scale,
+            zero=self.zero,
             bias=self.bias,
             activation_scale=self.activation_scale,
         )
 
     def unpacked_codes(self) -> Tensor:
         """Codes [N, K] as a solver gives them, for comparison with a plan."""
-        return unpack_int4(self.codes) if self._weight_kind == "int4" else self.codes
+        if self._weight_kind != "int4":
+            return self.codes
+        codes = unpack_int4(self.codes)
+        return codes if self.zero is None else from_offset(codes, self.zero)
 
     @property
     def tolerance(self) -> float:

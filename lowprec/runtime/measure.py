@@ -41,8 +41,9 @@ def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0) -> Operands:
         return Operands(weight="fp8", codes=(raw + sign).view(fmt.code_dtype), scale=scale, activation_scale=static)
     limit = 2 ** (fmt.bits - 1) - 1
     codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
-    if fmt.bits == 4:
-        return Operands(weight="int4", codes=pack_int4(codes), scale=scale, activation_scale=static)
+    if fmt.bits < 8:
+        zero = None if fmt.symmetric else torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8)
+        return Operands(weight="int4", codes=pack_int4(codes), scale=scale, activation_scale=static, zero=zero)
     return Operands(weight="int8", codes=codes, scale=scale, activation_scale=static)
 
 

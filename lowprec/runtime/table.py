@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, for_tables, resolve, scheme_named
+from lowprec.formats.asymmetric import from_offset
 from lowprec.formats.rows import MixedRows
 from lowprec.records import Scheme
 from lowprec.runtime.dispatch import KernelTable
@@ -137,6 +138,8 @@ def _rows(layer: QuantLinear, which: Tensor) -> Tensor:
     operands = layer.operands()
     codes = operands.codes[which]
     values = unpack_int4(codes) if operands.weight == "int4" else codes
+    if operands.zero is not None:
+        values = from_offset(values, operands.zero[which])
     if operands.scale is None:
         return values.to(torch.float32)
     scale = operands.scale[which]

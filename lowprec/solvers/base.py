@@ -1,6 +1,6 @@
 """What a solver is: an algorithm that turns a weight and its statistics into codes and scales.
 
-Here too: what all solvers check first, and the fit of all scales of a weight.
+Here too: what all solvers check first, and the fit of all grids of a weight.
 """
 
 from collections.abc import Iterator
@@ -89,13 +89,21 @@ def row_chunks(n: int, k: int) -> Iterator[slice]:
         yield slice(start, min(n, start + rows))
 
 
-def fit_scales(w: Tensor, fmt: WeightFormat, importance: Tensor | None) -> Tensor:
-    """All scales of a weight: w [N, K], importance [K] or None -> [N, K / group_size] float32 of bfloat16 values."""
+def fit_grid(w: Tensor, fmt: WeightFormat, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """All scales of a weight, and where its windows begin: w [N, K], importance [K] or None -> two of [N, groups].
+
+    Scales are float32 of bfloat16 values; the second is float32, and None for symmetric formats.
+    """
     n, k = w.shape
     size = fmt.group_size or k
     weights = None if importance is None else importance.view(k // size, size)
     scale = torch.empty(n, k // size, dtype=torch.float32, device=w.device)
+    lowest = None if fmt.symmetric else torch.empty_like(scale)
     for rows in row_chunks(n, k):
         slabs = w[rows].to(torch.float32).reshape(-1, k // size, size)
-        scale[rows] = fmt.fit_scale(slabs, weights)[..., 0]
-    return scale
+        found = fmt.fit_scale(slabs, weights)
+        scale[rows] = found[..., 0]
+        starts = fmt.fit_lowest(slabs, found, weights)
+        if lowest is not None and starts is not None:
+            lowest[rows] = starts[..., 0]
+    return scale, lowest

@@ -58,7 +58,7 @@ from torch import Tensor
 
 from lowprec.errors import ConfigError, ModelError
 from lowprec.formats.base import QuantizedWeight, WeightFormat, as_bfloat16
-from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_scales
+from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_grid
 
 BLOCK_COLUMNS = 128
 ROWS_AT_ONCE = 2048
@@ -88,25 +88,38 @@ class Gptq:
             raise ConfigError(f"solver {self.name!r} needs statistics: calibrate the layer first, or use 'rtn'")
         check_inputs(w, fmt, statistics)
         problem = _prepare(statistics.hessian.to(torch.float32), self.damping, self.activation_order)
-        scale = fit_scales(w, fmt, problem.importance)
+        scale, lowest = fit_grid(w, fmt, problem.importance)
         codes = torch.empty(w.shape, dtype=fmt.code_dtype, device=w.device)
         for start in range(0, w.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], fmt, problem)
+            grid = _Grid(fmt, None if lowest is None else lowest[rows])
+            found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], grid, problem)
             codes[rows] = found.to(fmt.code_dtype)
         return QuantizedWeight(format=fmt.name, codes=codes, scale=scale)
 
-    def _solve_rows(self, w: Tensor, scale: Tensor, fmt: WeightFormat, problem: "_Problem") -> tuple[Tensor, Tensor]:
+    def _solve_rows(self, w: Tensor, scale: Tensor, grid: "_Grid", problem: "_Problem") -> tuple[Tensor, Tensor]:
         """w [R, K], scale [R, groups] -> codes [R, K] float32, scale [R, groups]."""
         group_of = problem.order // (w.shape[1] // scale.shape[1])
         wt = w.T[problem.order].contiguous()
         error = torch.zeros_like(wt)
-        codes = _round_columns(wt, error, problem.feedback, scale, group_of, fmt, reach_all=False)
+        codes = _round_columns(wt, error, problem.feedback, scale, group_of, grid, reach_all=False)
         for _ in range(self.rounds):
             scale = refit_scales(w, codes[problem.place].T.contiguous(), scale, problem.hessian)
             torch.sub(wt, codes * scale.T[group_of], out=error)
-            codes = _round_columns(wt, error, problem.coupling, scale, group_of, fmt, reach_all=True)
+            codes = _round_columns(wt, error, problem.coupling, scale, group_of, grid, reach_all=True)
         return codes[problem.place].T, scale
+
+
+class _Grid:
+    """A format, and where the windows of some rows begin in each group ([R, groups]; None: all alike)."""
+
+    def __init__(self, fmt: WeightFormat, lowest: Tensor | None) -> None:
+        self._fmt = fmt
+        self._lowest = None if lowest is None else lowest.T.contiguous()
+
+    def round(self, column: Tensor, scale: Tensor, group: int) -> Tensor:
+        """Nearest codes [R] of a column of a group, with scales [R]."""
+        return self._fmt.round(column, scale, None if self._lowest is None else self._lowest[group])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -174,7 +187,7 @@ def _factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _round_columns(
-    wt: Tensor, error: Tensor, feedback: Tensor, scale: Tensor, group_of: Tensor, fmt: WeightFormat, *, reach_all: bool
+    wt: Tensor, error: Tensor, feedback: Tensor, scale: Tensor, group_of: Tensor, grid: _Grid, *, reach_all: bool
 ) -> Tensor:
     """Rounds column after column to the grid point nearest to w[j] + sum over i of feedback[j, i] error[i].
 
@@ -184,7 +197,7 @@ def _round_columns(
         feedback: [K, K], zero diagonal.
         scale: [R, groups].
         group_of: [K], the group of each column.
-        fmt: the grid.
+        grid: rounds a column.
         reach_all: whether columns later than j feed back to j; else they must not have an error yet.
 
     Returns:
@@ -203,7 +216,7 @@ def _round_columns(
         for j in range(stop - start):
             wanted = torch.addmv(target[j], change[:j].T, inside[j, :j])
             s = scale_of[groups[start + j]]
-            codes[start + j] = fmt.round(wanted, s)
+            codes[start + j] = grid.round(wanted, s, groups[start + j])
             now = wt[start + j] - codes[start + j] * s
             torch.sub(now, error[start + j], out=change[j])
             error[start + j] = now

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats.base import QuantizedWeight, WeightFormat
-from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_scales, row_chunks
+from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_grid, row_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +27,19 @@ class Rtn:
         """w [N, K] -> nearest codes, in chunks of rows."""
         check_inputs(w, fmt, statistics)
         importance = None if statistics is None else statistics.hessian.diagonal()
-        scale = fit_scales(w, fmt, importance)
-        return QuantizedWeight(format=fmt.name, codes=nearest_codes(w, fmt, scale), scale=scale)
+        scale, lowest = fit_grid(w, fmt, importance)
+        return QuantizedWeight(format=fmt.name, codes=nearest_codes(w, fmt, scale, lowest), scale=scale)
 
 
-def nearest_codes(w: Tensor, fmt: WeightFormat, scale: Tensor) -> Tensor:
-    """w [N, K], scale [N, groups] -> [N, K] nearest codes in the format's own dtype."""
+def nearest_codes(w: Tensor, fmt: WeightFormat, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
+    """w [N, K], scale and lowest codes [N, groups] -> [N, K] nearest codes in the format's own dtype."""
     n, k = w.shape
     groups = scale.shape[1]
     codes = torch.empty(n, k, dtype=fmt.code_dtype, device=w.device)
     for rows in row_chunks(n, k):
         slabs = w[rows].to(torch.float32).reshape(-1, groups, k // groups)
-        codes[rows] = fmt.round(slabs, scale[rows, :, None]).reshape(-1, k).to(fmt.code_dtype)
+        starts = None if lowest is None else lowest[rows, :, None]
+        codes[rows] = fmt.round(slabs, scale[rows, :, None], starts).reshape(-1, k).to(fmt.code_dtype)
     return codes
 
 
