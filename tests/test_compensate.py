@@ -15,11 +15,13 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_nam
 from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
+from lowprec.solvers.latent import LARGEST_OFFSET, latent_codes
 from lowprec.steps.calibrate import Calibration, Gather, products_of
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import token_importance
+from lowprec.steps.learn import Learning
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import decoder_forward, sentence_forward
 from lowprec.steps.measure import compare, compare_tokens, compare_vectors, mean_kl, run_through
@@ -72,9 +74,11 @@ class Lab:
         }
         self.unseen = batches(4, 2)
 
-    def compensated(self) -> dict[str, QuantizedWeight]:
-        compensation = Compensation(**self.common, rounder=self.rounder, folder=self.folder, inputs={}, name="lab")
-        return compensation.run(Scratch(self.folder.path / "work", "lab"))
+    def compensated(self, learning: Learning | None = None) -> dict[str, QuantizedWeight]:
+        name = "lab" if learning is None else f"learned-{learning.steps}-{learning.seed}"
+        common = {**self.common, "learning": learning, "rounder": self.rounder, "folder": self.folder}
+        compensation = Compensation(**common, inputs={}, name=name)
+        return compensation.run(Scratch(self.folder.path / "work", name))
 
     def plain(self) -> dict[str, QuantizedWeight]:
         return {
@@ -168,6 +172,91 @@ def test_a_module_without_a_cut_is_compensated_and_healed(folder: RunFolder) -> 
         return mean_kl(compare(runs[0], [runs[1]], unseen, compare_vectors(None))[0])
 
     assert loss(Healing(**common, passes=4).run(solved)) < loss(solved)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "int3-g32"])
+def test_a_latent_is_the_best_place_of_a_weight_among_the_others(name: str) -> None:
+    w, (_, x) = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), inputs(400, 64, 0.5)
+    hessian = (x.T @ x / len(x)).float()
+    weight = SOLVERS["gptq-quick"].solve(w, WEIGHT_FORMATS[name], LayerStatistics(hessian=hessian, tokens=len(x)))
+    latent = latent_codes(w, weight, hessian, 0.0)
+    assert torch.equal(latent.round(), weight.codes.float())
+    for n, j in [(0, 3), (2, 40), (4, 63)]:
+        rounded = weight.dequantize().double()
+        rounded[n, j] = float(latent[n, j] * weight.scale[n, j // 32])
+        rounded.requires_grad_()
+        error = w.double() - rounded
+        (gradient,) = torch.autograd.grad((error @ hessian.double() * error).sum(), rounded)
+        at_the_edge = float((latent - weight.codes).abs()[n, j]) >= LARGEST_OFFSET
+        assert at_the_edge or abs(float(gradient[n, j])) < 1e-3 * float(hessian.diagonal().mean())
+
+
+class Blocks(nn.Module):
+    """Two blocks, wide enough for directions to add up; nothing stands before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 128] -> [B, 128]."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq-quick"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym", "w4a8-int8-g32", "w3a16-g32"])
+def test_learned_rounding_loses_less_and_never_more(scheme: str, solver: str, folder: RunFolder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 128, generator=generator)
+    data = [
+        torch.randn(256, 12, generator=generator) @ mixing + 0.3 * torch.randn(256, 128, generator=generator)
+        for _ in range(20)
+    ]
+    stream = Stream(Blocks().eval(), lambda module, x: module(x), data[0])
+    assert stream.depth == 2
+    groups, calibration = find_groups(stream)[0], Calibration(amax=(), batches=16)
+    schemes = {g.name: scheme_named(scheme) for g in groups}
+    common: dict[str, Any] = {"stream": stream, "groups": groups, "schemes": schemes, "batches": data[:16]}
+    common |= {"outcome": Vector(), "calibration": calibration, "folder": folder, "inputs": {}}
+
+    def solved(learning: Learning | None) -> dict[str, QuantizedWeight]:
+        rounder = Rounder(stream, groups, folder, {}, solver)
+        compensation = Compensation(**common, rounder=rounder, name=str(learning), learning=learning)
+        return compensation.run(Scratch(folder.path / "work", str(learning)))
+
+    def loss(weights: dict[str, QuantizedWeight]) -> float:
+        overlay = overlay_of(groups, schemes, weights, calibration)
+        reference, rounded = (run_through(stream, data[16:], o) for o in ({}, overlay))
+        return mean_kl(compare(reference, [rounded], data[16:], compare_vectors(None))[0])
+
+    before, after = solved(None), solved(Learning(rate=0.01, scale_rate=1e-3))
+    assert loss(after) < (0.7 if solver == "rtn" else 1.001) * loss(before)
+    for weight in after.values():
+        assert WEIGHT_FORMATS[weight.format].refuses(weight) is None
+        assert torch.equal(weight.scale, weight.scale.bfloat16().float()), "as it will be stored"
+    wild = solved(Learning(steps=30, rate=0.5, scale_rate=0.5))
+    assert all(torch.equal(wild[layer].codes, before[layer].codes) for layer in before), "harm is undone"
+
+
+def test_eight_bits_are_not_learned_but_stay_in_the_block(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    lab.schemes = {g.name: scheme_named("w8a8-int8") if "mlp" in g.name else lab.schemes[g.name] for g in lab.groups}
+    lab.common["schemes"] = lab.schemes
+    learned = lab.compensated(Learning(steps=10))
+    assert all(weight.format == ("int8" if "mlp" in layer else "int4-g32") for layer, weight in learned.items())
+
+
+def test_a_cut_search_reads_back_what_it_had_learned(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    one, two = (lab.compensated(Learning(steps=10)) for _ in range(2))
+    assert all(torch.equal(one[layer].codes, two[layer].codes) for layer in one)
+    other = Lab(folder, "w4a16-g32", tiny.decoder()).compensated(Learning(steps=10, seed=0))
+    assert all(torch.equal(one[layer].scale, other[layer].scale) for layer in one)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])

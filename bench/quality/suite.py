@@ -4,8 +4,8 @@
 
 Every method runs in a process of its own (peers with the interpreter of their own environment), one after the other,
 and hands back the weights that it would compute with; those are judged here, in one runtime, against the same
-reference. A method whose result is in the folder already is not run again. The head stays bfloat16. Intervals are those
-of the judge: 95 %, over units of text, paired with the reference.
+reference. A method whose result is in the folder already is neither run nor judged again. The head stays bfloat16.
+Intervals are those of the judge: 95 %, over units of text, paired with the reference.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +32,10 @@ from texts import TEXTS, texts
 
 from lowprec.artifacts.folder import canonical_json
 from lowprec.formats import scheme_named
+from lowprec.records import from_json, to_json
 from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import Model, load
-from lowprec.steps.measure import compare, compare_tokens, paired, run_through
+from lowprec.steps.measure import Run, compare, compare_tokens, paired, run_through
 from lowprec.steps.scores import PairedScores
 from lowprec.steps.stream import Override, Stream, fast_dtype
 from lowprec.steps.tokens import TokenSet
@@ -42,18 +44,24 @@ HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 CONFIDENCE = 0.95
 EVERYTHING = "all"
-PLAIN, COMPENSATED, HEALED = (
-    ("plain rounding", "rtn", "0"),
-    ("compensated", "gptq-quick", "0"),
-    ("healed", "gptq-quick", "1"),
+SCORES = "scores.json"
+# Name, solver, steps of learned rounding, passes of healing.
+PLAIN, COMPENSATED, LEARNED, HEALED, BOTH = (
+    ("plain rounding", "rtn", "0", "0"),
+    ("compensated", "gptq-quick", "0", "0"),
+    ("learned", "gptq-quick", "40", "0"),
+    ("healed", "gptq-quick", "0", "1"),
+    ("learned and healed", "gptq-quick", "40", "1"),
 )
 # (scheme, rounding, whether scales are merged between layers before, whether calibration tokens weigh)
 OURS = (
     ("w4a16-g64", PLAIN, 0, 0),
     ("w4a16-g64", COMPENSATED, 0, 0),
     ("w4a16-g64", COMPENSATED, 0, 1),
+    ("w4a16-g64", LEARNED, 0, 0),
     ("w4a16-g64", HEALED, 0, 0),
     ("w4a16-g64", HEALED, 1, 0),
+    ("w4a16-g64", BOTH, 0, 0),
     ("w4a16-g32-asym", COMPENSATED, 0, 0),
     ("w4a16-g32-asym", HEALED, 0, 0),
     ("w3a16-g64", COMPENSATED, 0, 0),
@@ -130,10 +138,10 @@ def methods(peers: Mapping[str, str]) -> list[Method]:
             name=f"lowprec {kind}{', weighted' * weigh}{', smoothed' * smooth}, {scheme}",
             worker="worker_lowprec.py",
             python=sys.executable,
-            arguments=(scheme, solver, passes, str(smooth), str(weigh)),
+            arguments=(scheme, solver, steps, passes, str(smooth), str(weigh)),
             activation=scheme_named(scheme).activation,
         )
-        for scheme, (kind, solver, passes), smooth, weigh in OURS
+        for scheme, (kind, solver, steps, passes), smooth, weigh in OURS
     ]
     return found + [
         Method(name=name, worker=f"worker_{peer.replace('-', '_')}.py", python=peers[peer], arguments=arguments)
@@ -174,6 +182,14 @@ def run(method: Method, folder: Path) -> Path:
     return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Scores that were found before, and the digest of the text that they are of."""
+
+    text: str
+    scores: tuple[Score, ...]
+
+
 class Bench:
     """The reference on the judged text, and what others lose against it."""
 
@@ -182,8 +198,22 @@ class Bench:
         self._stream = Stream(model.module, model.forward, self._batches[0])
         # Reference and candidates in the same dtype: bfloat16's own noise, 0.001 nats, is in all rows.
         self._dtype = fast_dtype(self._stream)
+
+    @cached_property
+    def _reference(self) -> Run:
         with self._stream.computing(self._dtype):
-            self._reference = run_through(self._stream, self._batches)
+            return run_through(self._stream, self._batches)
+
+    def known_scores(self, folder: Path, activation: str | None) -> tuple[Score, ...]:
+        """The scores of a method's weights; read back where they were found on this text before."""
+        file = folder / SCORES
+        if file.exists():
+            known = from_json(Judged, file.read_text())
+            if known.text == self._judged.digest:
+                return known.scores
+        found = self.scores(load_file(folder / WEIGHTS), activation)
+        file.write_text(to_json(Judged(text=self._judged.digest, scores=found)))
+        return found
 
     def scores(self, weights: Mapping[str, Tensor], activation: str | None) -> tuple[Score, ...]:
         """Per text, and over all of them; `activation` is what the inputs of the blocks' layers are rounded to."""
@@ -249,7 +279,7 @@ def main(
     results = []
     for name, folder in folders.items():
         measured = json.loads((folder / MEASURED).read_text())
-        scores = bench.scores(load_file(folder / WEIGHTS), activations[name])
+        scores = bench.known_scores(folder, activations[name])
         results.append(
             Result(method=name, seconds=measured["seconds"], peak_bytes=measured["peak_bytes"], scores=scores)
         )

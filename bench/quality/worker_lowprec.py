@@ -1,10 +1,11 @@
 """lowprec's rounding of one scheme for all layers.
 
-    worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER PASSES SMOOTH WEIGH
+    worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER STEPS PASSES SMOOTH WEIGH
 
-SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated; PASSES of healing
-follow, 0 for none; SMOOTH is 1 when scales are merged between the layers first, WEIGH when calibration tokens weigh as
-their gradients say. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
+SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated, with STEPS of learned
+rounding in each block, 0 for none; PASSES of healing follow, 0 for none; SMOOTH is 1 when scales are merged between the
+layers first, WEIGH when calibration tokens weigh as their gradients say. The head stays as it is. These are the steps
+that `lowprec calibrate` takes for each mix.
 """
 
 import sys
@@ -22,6 +23,7 @@ from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import token_importance
+from lowprec.steps.learn import Learning
 from lowprec.steps.load import decoder_forward
 from lowprec.steps.outcome import Tokens
 from lowprec.steps.scratch import Scratch
@@ -33,7 +35,7 @@ from lowprec.steps.transform import smooth
 ROWS = 4
 
 if __name__ == "__main__":
-    model_folder, calibration, out, scheme, solver, passes, smoothed, weigh = sys.argv[1:]
+    model_folder, calibration, out, scheme, solver, steps, passes, smoothed, weigh = sys.argv[1:]
     model, _ = load_model(model_folder)
     rows = calibration_rows(calibration)
     lengths = torch.full((ROWS,), rows.shape[1])
@@ -60,6 +62,7 @@ if __name__ == "__main__":
             folder=folder,
             inputs={},
             name="quality",
+            learning=Learning(steps=int(steps)) if int(steps) else None,
         )
         if int(weigh):
             importance = token_importance(stream, groups, batches, Tokens())

@@ -60,6 +60,7 @@ from lowprec.errors import ConfigError, ModelError
 from lowprec.formats.base import QuantizedWeight, WeightFormat, as_bfloat16
 from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_grid
 
+DAMPING = 0.2
 BLOCK_COLUMNS = 128
 ROWS_AT_ONCE = 2048
 # Multiples of the damping that are tried in turn when a Hessian is not positive definite.
@@ -78,7 +79,7 @@ class Gptq:
 
     name: str = "gptq"
     needs_statistics: bool = True
-    damping: float = 0.2
+    damping: float = DAMPING
     activation_order: bool = True
     rounds: int = 3
 

@@ -3,13 +3,15 @@
 Each block is run again from its kept input, so memory is two blocks and the hidden states of the batches at hand.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowprec.steps.linear import stored_weight
 from lowprec.steps.stream import Call, Overlay, Stream
 
 Behind = Callable[[Sequence[Any]], list[Tensor]]
@@ -43,6 +45,22 @@ def backward(
         with stream.block(index, overlay), opened(index):
             given = zip(inputs[index], calls, gradients, strict=True)
             gradients = [_back(stream, index, x, call, gradient) for x, call, gradient in given]
+
+
+@contextlib.contextmanager
+def gathered(stream: Stream, layers: Iterable[str], take: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Lets the materialised weights of `layers` gather gradients while open, then gives each to `take`, [N, K].
+
+    A layer that the output does not depend on has none.
+    """
+    modules = {name: stream.layers[name] for name in layers}
+    for module in modules.values():
+        module.weight.requires_grad_(True)
+    yield
+    for name, module in modules.items():
+        if isinstance(gradient := module.weight.grad, Tensor):
+            # To [N, K] and back is the same transposition.
+            take(name, stored_weight(module, gradient))
 
 
 def _back(stream: Stream, index: int, x: Tensor, calls: Sequence[Call], gradient: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ run, the rounded block runs up to that group, whose Hessian and drift (`lowprec.
 that it will really have, rounded activations included. A layer that stays bfloat16 stays as it is, and an embedding,
 with the head that shares its weight, is as calibration rounded it, before all else.
 
+With `learning`, the codes and scales of a block are learned (`lowprec.steps.learn`) once its groups are rounded.
+
 All of it is statistics, so it is computed in bfloat16 where the processor multiplies that fast; what comes of it is
 measured in float32 like everything else. A killed pass resumes at the block that was cut, and reads solved groups back.
 """
@@ -25,6 +27,7 @@ from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward, products_of
 from lowprec.steps.importance import Importance
+from lowprec.steps.learn import Learning, Passage
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, overrides
@@ -66,6 +69,7 @@ class Compensation:
         schemes: group -> scheme.
         batches: calibration text.
         importance: what its tokens weigh, group by group.
+        learning: how blocks are learned once they are rounded, None for not at all.
         folder, inputs: where solved groups are kept, and digests that name this very rounding.
         name: what the files of solved groups are called behind the group's name.
     """
@@ -81,6 +85,7 @@ class Compensation:
     inputs: Mapping[str, str]
     name: str
     importance: Importance = field(default_factory=dict)
+    learning: Learning | None = None
 
     def run(self, scratch: Scratch, progress: Progress = lambda done, total: None) -> dict[str, QuantizedWeight]:
         """Codes and scales of every quantised layer.
@@ -135,7 +140,16 @@ class Compensation:
         for index in range(start, stream.depth):
             inside = [g for g in self._quantised if (g.block == index or stream.whole) and not g.tables]
             after, kept = self._reference(_block(stream, index, reference, calls), inside)
-            self._solve(inside, kept, _block(stream, index, rounded, calls), solved, overlay)
+            latents = self._solve(inside, kept, _block(stream, index, rounded, calls), solved, overlay)
+            if self.learning is not None and latents and not stream.whole:
+                passage = Passage(
+                    inputs=rounded,
+                    outputs=after,
+                    calls=[call[index] for call in calls],
+                    positions=[self.outcome.positions(batch) for batch in self.batches],
+                )
+                self._learn(self.learning, index, inside, latents, passage, solved, overlay)
+            self._keep(inside, solved)
             with stream.block(index, overlay):
                 rounded = [stream.run(index, h, call[index]) for h, call in zip(rounded, calls, strict=True)]
             reference = after
@@ -146,6 +160,7 @@ class Compensation:
         if outside:
             _, kept = self._reference(_behind(stream, reference, self.batches), outside, stop=True)
             self._solve(outside, kept, _behind(stream, rounded, self.batches), solved, overlay)
+            self._keep(outside, solved)
         progress(stream.depth + 1, stream.depth + 1)
 
     def _reference(self, place: "_Place", groups: Sequence[Group], stop: bool = False) -> tuple[list[Any], Kept]:
@@ -183,8 +198,12 @@ class Compensation:
         place: "_Place",
         solved: dict[str, QuantizedWeight],
         overlay: dict[str, Override],
-    ) -> None:
-        """Rounds the groups of one place, as far as they are not, in the order in which they run."""
+    ) -> dict[str, Tensor]:
+        """Rounds the groups of one place, as far as they are not, in the order in which they run.
+
+        Returns what codes were rounded from, where that is wanted for learning.
+        """
+        latents: dict[str, Tensor] = {}
         by_name = {group.name: group for group in groups}
         for name in [*kept, *(by_name.keys() - kept.keys())]:
             group, reference = by_name[name], kept.pop(name, {})
@@ -192,9 +211,38 @@ class Compensation:
                 statistics = self._gathered(group, reference, place, overlay)
                 key = self.rounder.key_of(name, self.schemes[name])
                 found = self.rounder.solve([(group, key, statistics)])[0]
-                self.folder.write_solved(f"{name}@{self.name}", found, self.inputs)
+                if self.learning is not None:
+                    latents |= self.rounder.latents(group, key, statistics, found)
                 solved |= found
             overlay |= overlay_of([group], self.schemes, solved, self.calibration)
+        return latents
+
+    def _learn(
+        self,
+        learning: Learning,
+        index: int,
+        groups: Sequence[Group],
+        latents: Mapping[str, Tensor],
+        passage: Passage,
+        solved: dict[str, QuantizedWeight],
+        overlay: dict[str, Override],
+    ) -> None:
+        """Learns the block, and computes with what was learned from then on."""
+
+        def made(learned: Mapping[str, Callable[[], Tensor]]) -> Overlay:
+            found = dict(overlay)
+            for group in groups:
+                makers = {layer: learned.get(layer, solved[layer].dequantize) for layer in group.layers}
+                found |= overrides(group, self.schemes[group.name], self.calibration, makers)
+            return found
+
+        solved |= learning.run(self.stream, index, solved, latents, made, passage)
+        overlay |= overlay_of(groups, self.schemes, solved, self.calibration)
+
+    def _keep(self, groups: Sequence[Group], solved: Mapping[str, QuantizedWeight]) -> None:
+        for group in groups:
+            found = {layer: solved[layer] for layer in group.layers}
+            self.folder.write_solved(f"{group.name}@{self.name}", found, self.inputs)
 
     def _gathered(
         self, group: Group, reference: Mapping[int, Tensor], place: "_Place", overlay: Mapping[str, Override]

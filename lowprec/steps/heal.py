@@ -21,9 +21,8 @@ Left out because it did not pay: the norms' weights as parameters (0.103 at 1e-3
 estimation (sixteen steps of Adam or of signs: 0.4 nats and worse; it takes more steps than there is text).
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,9 +33,8 @@ from torch import Tensor
 from lowprec.formats import QuantizedWeight
 from lowprec.formats.base import as_bfloat16
 from lowprec.records import Group, Scheme
-from lowprec.steps.backward import backward
+from lowprec.steps.backward import backward, gathered
 from lowprec.steps.calibrate import Calibration, Progress
-from lowprec.steps.linear import stored_weight
 from lowprec.steps.measure import Run, run_through
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.solve import overrides
@@ -191,18 +189,9 @@ class Healing:
                 gradients.append(leaf.grad)
         return gradients
 
-    @contextlib.contextmanager
-    def _weights(self, scales: Mapping[str, _Scales], layers: Sequence[str]) -> Iterator[None]:
+    def _weights(self, scales: Mapping[str, _Scales], layers: Sequence[str]) -> AbstractContextManager[None]:
         """Lets the materialised weights of `layers` gather gradients while open, and hands these on."""
-        modules = {name: self.stream.layers[name] for name in layers}
-        for module in modules.values():
-            module.weight.requires_grad_(True)
-        yield
-        for name, module in modules.items():
-            gradient = module.weight.grad
-            # A layer that the output does not depend on has none. (To [N, K] and back is the same transposition.)
-            if isinstance(gradient, Tensor):
-                scales[name].add(stored_weight(module, gradient))
+        return gathered(self.stream, layers, lambda name, gradient: scales[name].add(gradient))
 
 
 def _schedule(number: int, steps: int) -> float:

@@ -25,6 +25,8 @@ from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import Group, Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
+from lowprec.solvers.gptq import DAMPING
+from lowprec.solvers.latent import latent_codes
 from lowprec.steps.calibrate import Calibration
 from lowprec.steps.linear import output_width, weight_of
 from lowprec.steps.stream import Overlay, Override, Stream
@@ -137,6 +139,20 @@ class Rounder:
                 exponents=self._exponents.get((group.name, fmt)),
             )
             for layer, start, n in zip(group.layers, starts, widths, strict=True)
+        }
+
+    def latents(
+        self, group: Group, key: str, statistics: LayerStatistics, solved: Mapping[str, QuantizedWeight]
+    ) -> dict[str, Tensor]:
+        """What the codes of the group's layers were rounded from; nothing for formats whose codes stay as they are."""
+        if WEIGHT_FORMATS[_bare(key)].bits >= 8:
+            return {}
+        w, prepared = self._prepared(group, key, statistics)
+        assert prepared is not None
+        parts = torch.split(w, [len(solved[layer].codes) for layer in group.layers])
+        return {
+            layer: latent_codes(part, solved[layer], prepared.hessian, DAMPING)
+            for layer, part in zip(group.layers, parts, strict=True)
         }
 
     def solve_and_keep(

@@ -278,7 +278,8 @@ class Stream:
         if self._list is None:
             return batch, [((), {})]
         hidden, calls = self._entered(batch, stop_at=self.depth - 1)
-        return hidden.clone(), calls
+        # Where nothing stands before the blocks, it is the user's input in the user's dtype.
+        return self._to(hidden).clone(), calls
 
     def lookup(self, batch: Any) -> Tensor:
         """What block 0 receives, differentiable in what stands before it. Needs `outer()` and a cut."""
