@@ -20,6 +20,7 @@ class Effort:
         checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
         compensated: round every mix that is measured once more, each group making up for those before it.
         weighted: whether the tokens of the calibration text weigh as their gradients say in that.
+        learning_steps: steps of learned rounding for each block of every mix that is compensated.
         healing_passes: passes over the calibration text that tune the scales of every mix that is measured.
         rounds: verification rounds at most.
         window: tokens of a window.
@@ -38,6 +39,7 @@ class Effort:
     window: int = 256
     solver: str = "gptq"
     weighted: bool = False
+    learning_steps: int = 0
     healing_passes: int = 0
 
 

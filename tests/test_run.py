@@ -145,7 +145,9 @@ def _context() -> Any:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compensated", [False, True])
 def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path, compensated: bool) -> None:
-    effort = dataclasses.replace(tiny.EFFORT, compensated=compensated, healing_passes=int(compensated))
+    effort = dataclasses.replace(
+        tiny.EFFORT, compensated=compensated, learning_steps=10 * compensated, healing_passes=int(compensated)
+    )
     context, out, whole, generator = _context(), tmp_path / "out", tmp_path / "whole", random.Random(11)
     for folder in (out, whole):
         folder.mkdir()

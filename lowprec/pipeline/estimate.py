@@ -10,6 +10,7 @@ from torch import nn
 from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
 from lowprec.formats.schemes import ROW_PERCENTS
 from lowprec.settings import Settings
+from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.tokens import BATCH_TOKENS
 
@@ -73,10 +74,12 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     )
 
 
-def _passes_per_mix(settings: Settings) -> int:
+def _passes_per_mix(settings: Settings) -> float:
     """Forward passes over the calibration text that rounding one mix takes."""
-    compensated = 4 if settings.effort.compensated else 0
-    return compensated + (PASSES_FORWARD_BACKWARD + 1) * settings.healing_passes
+    effort = settings.effort
+    compensated = 4 if effort.compensated else 0
+    learned = PASSES_FORWARD_BACKWARD * effort.learning_steps * STEP_TOKENS / effort.calibration_tokens
+    return compensated + effort.compensated * learned + (PASSES_FORWARD_BACKWARD + 1) * settings.healing_passes
 
 
 def _flops_per_second(k: int) -> float:

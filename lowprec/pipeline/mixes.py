@@ -1,8 +1,9 @@
 """Rounds mixes as well as the effort pays for, and measures each on tuning data.
 
 A mix has up to three roundings: *plain*, as calibration rounded each group by itself; *compensated*
-(`lowprec.steps.compensate`); *healed* (`lowprec.steps.heal`), which starts from the better of those. Each is measured,
-and the one of the least upper bound stands for the mix, so none is ever worse than what it started from.
+(`lowprec.steps.compensate`), with learned rounding where the effort says so; *healed* (`lowprec.steps.heal`), which
+starts from the better of those. Each is measured, and the one of the least upper bound stands for the mix, so none is
+ever worse than what it started from.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from lowprec.steps.compensate import Compensation
 from lowprec.steps.correction import Correction
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import Importance, token_importance
+from lowprec.steps.learn import Learning
 from lowprec.steps.measure import Run, compare, mean_kl, run_through
 from lowprec.steps.metrics import tuning_loss
 from lowprec.steps.scratch import Scratch
@@ -79,7 +81,8 @@ class Mixes:
         # Which rounding a mix is given depends on the effort, so what was measured does, too.
         prepared, settings = self._prepared, self._prepared.context.settings
         effort = settings.effort
-        rounding = {"rounding": f"{effort.compensated} {effort.weighted} {settings.healing_passes}"}
+        kinds = (effort.compensated, effort.weighted, effort.learning_steps, settings.healing_passes)
+        rounding = {"rounding": " ".join(map(str, kinds))}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
         self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
         folder = prepared.context.folder
@@ -185,7 +188,9 @@ class Mixes:
         )
         if (known := compensation.known()) is not None:
             return known
-        compensation = dataclasses.replace(compensation, importance=self._importance)
+        steps, seed = context.settings.effort.learning_steps, context.settings.seed
+        learning = Learning(steps=steps, seed=seed) if steps else None
+        compensation = dataclasses.replace(compensation, importance=self._importance, learning=learning)
         scratch = Scratch(context.folder.path / "work-solve", digest(*inputs.values()))
         with context.progress.step("compensate", prepared.stream.depth + 1, "blocks") as step:
             found = compensation.run(scratch, step.report)

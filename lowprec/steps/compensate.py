@@ -122,7 +122,14 @@ class Compensation:
                 solved |= {layer: self.rounder.rounded(layer, key) for layer in group.layers}
                 continue
             solved |= self.folder.read_solved(f"{group.name}@{self.name}", self.inputs) or {}
-        return solved
+        return solved if self.learning is None else self._of_whole_blocks(solved)
+
+    def _of_whole_blocks(self, solved: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+        """Without blocks that were cut while they were written: a block is learned as a whole."""
+        own = [g for g in self._quantised if not g.tables]
+        cut = {g.block for g in own if any(layer not in solved for layer in g.layers)}
+        again = {layer for g in own if g.block in cut for layer in g.layers}
+        return {layer: weight for layer, weight in solved.items() if layer not in again}
 
     def _through(self, solved: dict[str, QuantizedWeight], scratch: Scratch, progress: Progress) -> None:
         stream = self.stream
