@@ -22,31 +22,22 @@ mean. They have far less noise (131 sequences: 0.16 instead of 0.21 in the logar
 pairs no better overall (Spearman 0.989 against 0.977; within w4a16 0.98 either way), and cost a product per format.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowprec.errors import ArtifactError
-from lowprec.formats import ACTIVATION_FORMATS
 from lowprec.records import Group, Scheme, SensitivityRow
-from lowprec.runtime.table import read_as
 from lowprec.steps.calibrate import Calibration, Progress
+from lowprec.steps.effects import Errors, Key, Probe, Row
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.stream import Call, Stream, rounded_input
+from lowprec.steps.stream import Call, Stream
 from lowprec.steps.tokens import rows_of_batch
 from lowprec.transforms import Smoothed, keys_of
-
-Key = tuple[str, str, str]
-Row = dict[Key, Tensor]
-Errors = Callable[[str, Sequence[str]], Tensor]
-"""(layer, weight formats) -> [formats, N, K] bfloat16, the solved minus the original weight."""
-
-CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,149 +80,6 @@ class Effects:
         return float(squares.mean()), float(squares.std() / max(len(squares) - 1, 1) ** 0.5)
 
 
-class _Probe:
-    """Hooks on the layers of some groups that turn (input, output gradient) into effects."""
-
-    def __init__(
-        self, stream: Stream, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], errors: Errors,
-        calibration: Calibration,
-    ) -> None:  # fmt: skip
-        self._stream, self._groups = stream, groups
-        self._calibration = calibration
-        weights: dict[str, list[str]] = {}
-        self._activations: dict[str, dict[str, Scheme]] = {}
-        for group in groups:
-            keys = {keys_of(calibration.smoothed, group.name, scheme): scheme for scheme in schemes[group.name]}
-            weights[group.name] = sorted({weight for weight, _ in keys if weight})
-            self._activations[group.name] = {key: scheme for (_, key), scheme in keys.items() if key}
-        self._errors = {
-            layer: errors(layer, weights[group.name]).to(stream.device) for group in groups for layer in group.layers
-        }
-        self._weights = weights
-        self._input: dict[str, Tensor] = {}
-        self._rounding: dict[tuple[int, str], Tensor] = {}
-        self._read: list[tuple[Group, nn.Embedding, Tensor, Tensor]] = []
-        self.row: Row = {}
-
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Probes while open."""
-        handles = []
-        for group in (g for g in self._groups if not g.is_embedding):
-            for name in group.layers:
-                layer = self._stream.layers[name]
-                if self._stream.whole:
-                    handles.append(layer.register_forward_pre_hook(_starts_gradient))
-                handles.append(layer.register_forward_hook(self._forward(name)))
-                handles.append(layer.register_full_backward_hook(self._backward(group, name)))
-        if self._stream.whole:
-            handles += self._table_handles()
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def table_hooks(self) -> Iterator[None]:
-        """Probes what is read from tables while open."""
-        handles = self._table_handles()
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _table_handles(self) -> list[Any]:
-        tables = self._stream.tables
-        return [tables[name].register_forward_hook(self._reads(g)) for g in self._groups for name in g.tables]
-
-    def _reads(self, group: Group) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(table: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # Weights need no gradient here, so the graph starts at what was read.
-            leaf = output.detach().requires_grad_()
-            self._read.append((group, table, args[0], leaf))
-            return leaf
-
-        return hook
-
-    def _forward(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-            self._input[name] = args[0].detach()
-
-        return hook
-
-    def _backward(self, group: Group, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
-            x, g = self._input.pop(name), grad_output[0]
-            self._add(group, "weight", self._weights[group.name], _weight_effects(x, g, self._errors[name]))
-            if (rounded := self._activations[group.name]) and grad_input[0] is not None:
-                self._add(group, "activation", list(rounded), self._input_effects(group, x, grad_input[0]))
-
-        return hook
-
-    def _input_effects(self, group: Group, x: Tensor, gradient: Tensor) -> Tensor:
-        columns = []
-        for name, scheme in self._activations[group.name].items():
-            # q, k and v read one tensor: round it once.
-            key = (x.data_ptr(), name)
-            if key not in self._rounding:
-                scale = self._calibration.scale_of(group.name, scheme.activation)
-                exponents = self._calibration.exponents_of(group.name, scheme)
-                fmt = ACTIVATION_FORMATS[str(scheme.activation)]
-                self._rounding[key] = rounded_input(x, fmt, scale, exponents) - x
-            columns.append((gradient * self._rounding[key]).flatten(1).sum(1))
-        return torch.stack(columns, 1)
-
-    def _add(self, group: Group, kind: str, formats: Sequence[str], effects: Tensor) -> None:
-        for i, fmt in enumerate(formats):
-            key = (group.name, kind, fmt)
-            self.row[key] = self.row[key] + effects[:, i] if key in self.row else effects[:, i]
-
-    def take(self) -> Row:
-        """The batch's effects, each [B]; starts anew."""
-        for group, table, ids, leaf in self._read:
-            if leaf.grad is not None:
-                errors = self._errors[group.layers[0]]
-                found = _table_effects(table, ids, leaf.grad, errors)
-                self._add(group, "table", self._weights[group.name], found)
-        self._read.clear()
-        row, self.row = self.row, {}
-        self._rounding.clear()
-        self._input.clear()
-        return row
-
-
-def _starts_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Weights need no gradient here, so the first layer's input has to be where the graph starts."""
-    x: Tensor = args[0]
-    return (x if x.requires_grad else x.detach().requires_grad_(), *args[1:])
-
-
-def _weight_effects(x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
-    """x [B, T, K], output gradients g [B, T, N], errors [F, N, K] -> [B, F]: <dW_f, g_b^T x_b>, in slices of N."""
-    if x.ndim == 2:
-        x, g = x[:, None], g[:, None]
-    x, g = x.reshape(x.shape[0], -1, x.shape[-1]), g.reshape(g.shape[0], -1, g.shape[-1])
-    formats, n, k = errors.shape
-    total = torch.zeros(x.shape[0], formats, device=x.device)
-    step = max(1, CHUNK_ELEMENTS // (k * (x.shape[0] + formats)))
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        gradient = torch.bmm(g[:, :, rows].transpose(1, 2), x)
-        # Row by row, then summed: one product over all N K is four times as slow, its inner dimension being so long.
-        by_row = torch.bmm(errors[:, rows].float().transpose(0, 1), gradient.permute(1, 2, 0))
-        total += by_row.sum(0).T
-    return total
-
-
-def _table_effects(table: nn.Embedding, ids: Tensor, gradient: Tensor, errors: Tensor) -> Tensor:
-    """ids [B, T], gradients of what was read [B, T, K], errors [F, N, K] -> [B, F]: sum over t of <dW_f[id_t], g_t>."""
-    read = (read_as(table, error[ids.flatten()].float(), ids.shape) for error in errors)
-    columns = [(change * gradient).flatten(1).sum(1) for change in read]
-    return torch.stack(columns, 1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Pass:
     """What the backward pass is made of."""
@@ -247,7 +95,7 @@ class _Pass:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
         return self.outcome.sampled_log_likelihood(output, self.batches[position], generator)
 
-    def whole(self, probe: _Probe) -> list[Row]:
+    def whole(self, probe: Probe) -> list[Row]:
         """A model without a cut: one pass through all of it."""
         rows = []
         with self.stream.block(0), probe.hooks():
@@ -256,7 +104,7 @@ class _Pass:
                 rows.append(probe.take())
         return rows
 
-    def tail(self, probe: _Probe) -> tuple[list[Row], list[Tensor]]:
+    def tail(self, probe: Probe) -> tuple[list[Row], list[Tensor]]:
         """Through what lies behind the blocks; also returns the gradient of each batch's last hidden state."""
         rows, gradients = [], []
         hidden = self._inputs(self.stream.depth)
@@ -269,7 +117,7 @@ class _Pass:
         return rows, gradients
 
     def block(
-        self, index: int, probe: _Probe, gradients: list[Tensor], calls: Sequence[Sequence[Call]]
+        self, index: int, probe: Probe, gradients: list[Tensor], calls: Sequence[Sequence[Call]]
     ) -> tuple[list[Row], list[Tensor]]:
         """Through block `index`; `gradients` are those of its outputs, and those of its inputs come back."""
         rows, before = [], []
@@ -282,7 +130,7 @@ class _Pass:
                 rows.append(probe.take())
         return rows, before
 
-    def entry(self, probe: _Probe, gradients: Sequence[Tensor]) -> list[Row]:
+    def entry(self, probe: Probe, gradients: Sequence[Tensor]) -> list[Row]:
         """Through what stands before the blocks; `gradients` are those of the first block's inputs."""
         rows = []
         with self.stream.outer(), probe.table_hooks():
@@ -320,8 +168,8 @@ def effects(
     """
     run = _Pass(stream=stream, batches=batches, outcome=outcome, scratch=scratch, seed=seed)
 
-    def probe(chosen: Sequence[Group]) -> _Probe:
-        return _Probe(stream, chosen, schemes, errors, calibration)
+    def probe(chosen: Sequence[Group]) -> Probe:
+        return Probe(stream, chosen, schemes, errors, calibration)
 
     columns: list[Key] = []
     values: list[Tensor] = []
