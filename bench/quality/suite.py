@@ -24,9 +24,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exam import Choices, Exam
 from exchange import MEASURED, WEIGHTS
 from texts import TEXTS, texts
 
@@ -37,14 +37,14 @@ from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import Model, load
 from lowprec.steps.measure import Run, compare, compare_tokens, paired, run_through
 from lowprec.steps.scores import PairedScores
-from lowprec.steps.stream import Override, Stream, fast_dtype
+from lowprec.steps.stream import Overlay, Override, Stream, fast_dtype
 from lowprec.steps.tokens import TokenSet
 
 HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 CONFIDENCE = 0.95
 EVERYTHING = "all"
-SCORES = "scores.json"
+SCORES, CHOICES = "scores.json", "choices.json"
 # Name, solver, steps of learned rounding, passes of healing.
 PLAIN, COMPENSATED, LEARNED, HEALED, BOTH = (
     ("plain rounding", "rtn", "0", "0"),
@@ -129,6 +129,7 @@ class Result:
     seconds: float
     peak_bytes: int
     scores: tuple[Score, ...]
+    choices: Choices
 
 
 def methods(peers: Mapping[str, str]) -> list[Method]:
@@ -193,31 +194,43 @@ class Judged:
 class Bench:
     """The reference on the judged text, and what others lose against it."""
 
-    def __init__(self, model: Model, judged: TokenSet) -> None:
+    def __init__(self, model: Model, judged: TokenSet, packages: Path) -> None:
         self._judged, self._batches = judged, judged.batches(BATCH_TOKENS)
         self._stream = Stream(model.module, model.forward, self._batches[0])
         # Reference and candidates in the same dtype: bfloat16's own noise, 0.001 nats, is in all rows.
         self._dtype = fast_dtype(self._stream)
+        self._exam = Exam(self._stream, model.tokenizer, packages)
 
     @cached_property
     def _reference(self) -> Run:
         with self._stream.computing(self._dtype):
             return run_through(self._stream, self._batches)
 
-    def known_scores(self, folder: Path, activation: str | None) -> tuple[Score, ...]:
-        """The scores of a method's weights; read back where they were found on this text before."""
+    def scores(self, folder: Path, activation: str | None) -> tuple[Score, ...]:
+        """Per text, and over all of them, what a method loses; read back where it was found on this text before."""
         file = folder / SCORES
         if file.exists():
             known = from_json(Judged, file.read_text())
             if known.text == self._judged.digest:
                 return known.scores
-        found = self.scores(load_file(folder / WEIGHTS), activation)
+        found = self._scores(self._overlay(folder, activation))
         file.write_text(to_json(Judged(text=self._judged.digest, scores=found)))
         return found
 
-    def scores(self, weights: Mapping[str, Tensor], activation: str | None) -> tuple[Score, ...]:
-        """Per text, and over all of them; `activation` is what the inputs of the blocks' layers are rounded to."""
-        overlay = {
+    def choices(self, folder: Path, activation: str | None) -> Choices:
+        """What a method answers; read back where it was asked before."""
+        file = folder / CHOICES
+        if file.exists():
+            return from_json(Choices, file.read_text())
+        with self._stream.computing(self._dtype):
+            found = self._exam.choices(self._overlay(folder, activation))
+        file.write_text(to_json(found))
+        return found
+
+    def _overlay(self, folder: Path, activation: str | None) -> Overlay:
+        """A method's weights; `activation` is what the inputs of the blocks' layers are rounded to."""
+        weights = load_file(folder / WEIGHTS)
+        return {
             layer: Override(
                 weight=lambda w=weights[name]: w.float(),  # type: ignore[misc]
                 activation=activation,
@@ -226,6 +239,9 @@ class Bench:
             for layer in self._stream.layers
             if (name := f"{layer}.weight") in weights and self._stream.block_of(layer) is not None
         }
+
+    def _scores(self, overlay: Overlay) -> tuple[Score, ...]:
+        """Per text, and over all of them."""
         with self._stream.computing(self._dtype):
             candidate = run_through(self._stream, self._batches, overlay)
             table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
@@ -251,11 +267,13 @@ def _score(text: str, found: PairedScores, mask: Any) -> Score:
 
 def show(results: list[Result], console: Console) -> None:
     """The table."""
-    table = Table("method", "s", "GB", *TEXTS, EVERYTHING, "KL", title="perplexity increase [95 %]")
+    columns = ("method", "s", "GB", *TEXTS, EVERYTHING, "KL", "right", "same letter")
+    table = Table(*columns, title="perplexity increase [95 %]; multiple choice")
     for result in results:
         cells = [f"{s.perplexity_increase:+.2%} [{s.lower:.2%}, {s.upper:.2%}]" for s in result.scores]
         memory, kl = f"{result.peak_bytes / 1e9:.2f}", f"{result.scores[-1].kl_nats:.4f}"
-        table.add_row(result.method, f"{result.seconds:.0f}", memory, *cells, kl)
+        choices = (f"{result.choices.right:.1%}", f"{result.choices.as_reference:.1%}")
+        table.add_row(result.method, f"{result.seconds:.0f}", memory, *cells, kl, *choices)
     console.print(table)
 
 
@@ -275,14 +293,18 @@ def main(
     wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
     folders = {method.name: run(method, out) for method in wanted}
     activations = {method.name: method.activation for method in wanted}
-    bench = Bench(loaded, judged)
+    bench = Bench(loaded, judged, out / "packages")
     results = []
     for name, folder in folders.items():
         measured = json.loads((folder / MEASURED).read_text())
-        scores = bench.known_scores(folder, activations[name])
-        results.append(
-            Result(method=name, seconds=measured["seconds"], peak_bytes=measured["peak_bytes"], scores=scores)
+        result = Result(
+            method=name,
+            seconds=measured["seconds"],
+            peak_bytes=measured["peak_bytes"],
+            scores=bench.scores(folder, activations[name]),
+            choices=bench.choices(folder, activations[name]),
         )
+        results.append(result)
         show(results, Console(width=220))
     machine = {
         "torch": torch.__version__,

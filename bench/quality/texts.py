@@ -51,7 +51,7 @@ def texts(tokenizer: Any, folder: Path, tokens: int) -> Texts:
     technical = split(read_sources(), tokenizer, sizes)
     _download(folder)
     sets = [_named(technical.held_out[0])]
-    for source, documents in enumerate((_literature(folder), _code(folder), _questions(folder)), start=1):
+    for source, documents in enumerate((_literature(folder), _code(folder), questions(folder)), start=1):
         sets.append(_windows(documents, encoder, source, tokens))
     return Texts(calibration=_packed(technical.calibration, encoder), judged=_joined(sets))
 
@@ -153,7 +153,8 @@ def _code(folder: Path) -> Iterator[tuple[str, str]]:
         yield problem["task_id"], problem["prompt"] + problem["canonical_solution"]
 
 
-def _questions(folder: Path) -> Iterator[tuple[str, str]]:
+def questions(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name, question with its worked answer), of all subjects."""
     with zipfile.ZipFile(next(folder.glob("lm_eval-*"))) as archive:
         subjects = json.loads(archive.read(QUESTIONS))
     for subject, text in subjects.items():
