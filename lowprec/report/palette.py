@@ -2,8 +2,9 @@
 
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), chosen to stay apart in every common form of
 colour blindness; group sizes of one scheme differ in lightness, which everyone sees. Blues are INT8, green is FP8,
-reds and yellows are INT4, and bf16 is a quiet grey, since it is what was left alone. Colour is never the only carrier:
-cells have a label, static activation scales and tables with rows in INT8 a hatch, and every mark its name in text.
+reds and yellows are INT4, violets INT3, and bf16 is a quiet grey, since it is what was left alone. Colour is never the
+only carrier: cells have a label, variants (static activation scales, zero points, tables with rows in INT8) a hatch,
+and every mark its name in text.
 
 Left out: a colour for every scheme that may ever exist. One without an entry here is drawn in a spare colour.
 """
@@ -25,8 +26,8 @@ class Look:
     hatched: bool = False
 
 
-ROWS = "-rows"
-# Names without "-static" and "-rows..."; a group size only changes the lightness.
+ROWS, ZERO_POINTS = "-rows", "-asym"
+# Names without "-static", "-asym" and "-rows..."; a group size only changes the lightness.
 _FILLS = {
     "bf16": ("#b4bac2", DARK_INK, "16"),
     "w8a16": ("#56b4e9", DARK_INK, "8"),
@@ -44,6 +45,10 @@ _FILLS = {
     "w4a8-fp8-g128": ("#a89d10", DARK_INK, "4"),
     "w4a8-fp8-g64": ("#e4d83a", DARK_INK, "4"),
     "w4a8-fp8-g32": ("#f4efa0", DARK_INK, "4"),
+    "w3a16": ("#6a4fb3", LIGHT_INK, "3"),
+    "w3a16-g128": ("#3f2a85", LIGHT_INK, "3"),
+    "w3a16-g64": ("#6a4fb3", LIGHT_INK, "3"),
+    "w3a16-g32": ("#a896dc", DARK_INK, "3"),
 }
 _SPARE = ("#7a5195", LIGHT_INK)
 
@@ -53,7 +58,8 @@ def look_of(scheme: str) -> Look:
     plain = _plain(scheme)
     if plain in _FILLS:
         fill, ink, label = _FILLS[plain]
-        return Look(fill=fill, ink=ink, label=f"{label}+" if ROWS in scheme else label, hatched=plain != scheme)
+        mark = "+" if ROWS in scheme else "z" if scheme.endswith(ZERO_POINTS) else ""
+        return Look(fill=fill, ink=ink, label=f"{label}{mark}", hatched=plain != scheme)
     bits = re.match(r"w(\d{1,2})", scheme)
     return Look(fill=_SPARE[0], ink=_SPARE[1], label=bits.group(1) if bits else "?", hatched=True)
 
@@ -65,4 +71,4 @@ def in_order(schemes: list[str]) -> list[str]:
 
 
 def _plain(scheme: str) -> str:
-    return scheme.partition(ROWS)[0].removesuffix("-static")
+    return scheme.partition(ROWS)[0].removesuffix("-static").removesuffix(ZERO_POINTS)
