@@ -6,9 +6,10 @@ upper bound stands an unknown curve. The search assumes
 
     upper(L) = a L^p,    L the mix's predicted KL
 
-with a from the last measurement and p at first that of the metric's `Curve`; from two measurements on, p is theirs. The
-next limit solves upper(L) = limit, kept between the largest L that was accepted and the smallest that was not. At most
-`rounds` mixes are measured; the cheapest accepted one wins.
+with a from the last measurement and p at first that of the metric's `Curve`; from two measurements on, p is theirs. Two
+that contradict each other (the mix of less KL lost more: on a small budget the text's own noise is as large) count as
+one in their middle, with the curve's p. The next limit solves upper(L) = limit, kept between the largest L that was
+accepted and the smallest that was not. At most `rounds` mixes are measured; the cheapest accepted one wins.
 
 Predicted losses may be corrected by what was measured; then those of the mixes measured before are, too.
 
@@ -200,8 +201,7 @@ def _through(taken: Sequence[Round], curve: Curve) -> Curve:
 
 def _next(taken: Sequence[Round], limit: float, curve: Curve) -> float:
     """The predicted KL to allow in the next round."""
-    last = taken[-1]
-    upper, loss = last.measured.upper, last.allocation.loss
+    upper, loss = _anchor(taken)
     wanted = loss * (AIM * limit / upper) ** (1.0 / _power(taken, curve)) if upper > 0 else 2.0 * loss
     accepted, refused = _bracket(taken, limit)
     if accepted < wanted < refused:
@@ -212,16 +212,29 @@ def _next(taken: Sequence[Round], limit: float, curve: Curve) -> float:
     return math.sqrt(accepted * refused) if refused < math.inf else 2.0 * accepted
 
 
-def _power(taken: Sequence[Round], curve: Curve) -> float:
-    """The power between the upper bounds of the last two measurements; the expected one where there is only one."""
+def _slope(taken: Sequence[Round]) -> float | None:
+    """How the logarithm of the upper bound rises with that of the predicted KL between the last two measurements."""
     if len(taken) < 2:
-        return curve.power
+        return None
     one, two = taken[-2:]
-    if min(one.measured.upper, two.measured.upper) <= 0:
-        return curve.power
+    if min(one.measured.upper, two.measured.upper) <= 0 or one.allocation.loss == two.allocation.loss:
+        return None
     rise = math.log(two.measured.upper / one.measured.upper)
-    run = math.log(two.allocation.loss / one.allocation.loss)
-    return min(max(rise / run, POWERS[0]), POWERS[1]) if run else curve.power
+    return rise / math.log(two.allocation.loss / one.allocation.loss)
+
+
+def _power(taken: Sequence[Round], curve: Curve) -> float:
+    """The power between the last two measurements; the expected one where they tell none."""
+    slope = _slope(taken)
+    return curve.power if slope is None or slope <= 0 else min(max(slope, POWERS[0]), POWERS[1])
+
+
+def _anchor(taken: Sequence[Round]) -> tuple[float, float]:
+    """(upper bound, predicted KL) that the curve goes through: the last one, or the middle of two in contradiction."""
+    slope = _slope(taken)
+    used = taken[-2:] if slope is not None and slope <= 0 else taken[-1:]
+    uppers, losses = [r.measured.upper for r in used], [r.allocation.loss for r in used]
+    return (uppers[0], losses[0]) if len(used) == 1 else (math.sqrt(math.prod(uppers)), math.sqrt(math.prod(losses)))
 
 
 def _best(taken: Sequence[Round], least: Allocation, limit: float) -> Round:
