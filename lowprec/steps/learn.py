@@ -21,10 +21,11 @@ offsets taken from W / s clipped to half a step no gain at small rates, 2 and mo
 sign without running mean at rate 0.01 0.94 in one block and 1.5 in the next; with it, rates 0.005 and 5e-4, 0.88, 0.92,
 0.93; twice these rates 0.92, 0.91, 1.27; scales alone 0.94, 0.97; steps in proportion to the gradient 2 and more.
 
-What it is worth, from a prototype over all 30 blocks (40 steps each; mean of the blocks' errors 0.978: the later a block,
-the more of its error comes from its input), on 5 k tokens each of (technical, literature, code, exam questions): KL over
-all 0.1104 to 0.1085 nats, perplexity +4.3 % +14.8 % +4.8 % +6.8 % to +2.9 % +13.9 % +4.0 % +5.2 %. Healing wins as much
-in a sixth of the time, and what the two win together has not been measured, so no effort includes it yet.
+What it is worth, from a prototype over all 30 blocks (40 steps each; mean of the blocks' errors 0.978: the later a
+block, the more of its error comes from its input), on 5 k tokens each of (technical, literature, code, exam questions):
+KL over all 0.1104 to 0.1085 nats, perplexity +4.3 % +14.8 % +4.8 % +6.8 % to +2.9 % +13.9 % +4.0 % +5.2 %. Healing wins
+about as much (`bench/README.md`) with four passes' work instead of twenty, and what the two win together has not been
+measured: no effort includes learning yet.
 """
 
 import itertools
