@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats.base import WEIGHT_FORMATS, QuantizedWeight, as_bfloat16
-from lowprec.formats.integer import SEARCH_SHRINK, TINY
+from lowprec.formats.integer import SEARCH_SHRINK, TINY, decode_groups
 from lowprec.formats.schemes import ASYMMETRIC, GROUP_SIZES
 
 
@@ -81,8 +81,7 @@ class AsymmetricInteger:
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """[N, K] codes and [N, groups] scales -> [N, K] float32."""
-        n, k = codes.shape
-        return (codes.to(torch.float32).view(n, scale.shape[1], -1) * scale[..., None]).view(n, k)
+        return decode_groups(codes, scale)
 
     def bytes_per_row(self, k: int) -> float:
         """Codes, bfloat16 scales, and a zero point as wide as a code for each group."""

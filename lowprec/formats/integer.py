@@ -74,8 +74,7 @@ class SymmetricInteger:
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """[N, K] codes and [N, groups] scales -> [N, K] float32."""
-        n, k = codes.shape
-        return (codes.to(torch.float32).view(n, scale.shape[1], -1) * scale[..., None]).view(n, k)
+        return decode_groups(codes, scale)
 
     def bytes_per_row(self, k: int) -> float:
         """Codes plus bfloat16 scales."""
@@ -87,6 +86,12 @@ class SymmetricInteger:
         if codes.numel() and (int(codes.min()) < self.qmin or int(codes.max()) > self.qmax):
             return f"has codes outside [{self.qmin}, {self.qmax}]"
         return None
+
+
+def decode_groups(codes: Tensor, scale: Tensor) -> Tensor:
+    """[N, K] codes and [N, groups] scales -> [N, K] float32."""
+    n, k = codes.shape
+    return (codes.to(torch.float32).view(n, scale.shape[1], -1) * scale[..., None]).view(n, k)
 
 
 def token_scale(x: Tensor, largest: float) -> Tensor:

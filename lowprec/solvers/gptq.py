@@ -46,9 +46,8 @@ Damping is 0.2 for the sake of text unlike the calibration text. Compensated for
 ridge 1), calibrated on technical text, KL in nats on (technical, literature, code, exam questions): damping 0.1 0.060
 0.179 0.073 0.127, 0.3 0.067 0.166 0.070 0.129, 1.0 0.073 0.162 0.081 0.140.
 
-Measured but not built yet: token weights by the gradient's square (GuidedQuant, arXiv 2505.07004) 0.107 to 0.103 with
-drift, and a second, output-side Hessian (YAQA, arXiv 2505.22988) in blocks of 64 rows 0.115 to 0.108; both need a
-backward pass over the calibration text.
+Token weights are `lowprec.steps.importance`. Measured but not built yet: a second, output-side Hessian (YAQA, arXiv
+2505.22988) in blocks of 64 rows 0.115 to 0.108; it needs a backward pass over the calibration text.
 """
 
 from dataclasses import dataclass

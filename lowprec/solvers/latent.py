@@ -12,6 +12,7 @@ better codes has to know: it is the rounding offset that learned rounding (`lowp
 from torch import Tensor
 
 from lowprec.formats import QuantizedWeight
+from lowprec.formats.integer import decode_groups
 
 # Strictly inside half a step, so that the codes are those that the solver has chosen.
 LARGEST_OFFSET = 0.499
@@ -34,8 +35,7 @@ def latent_codes(w: Tensor, weight: QuantizedWeight, hessian: Tensor, damping: f
     damped.diagonal().add_(damping * level if level > 0 else 1.0)
     diagonal = damped.diagonal()
     codes = weight.codes.float()
-    grid = codes.view(*weight.scale.shape, -1) * weight.scale[..., None]
-    error = w - grid.view_as(w)
+    error = w - decode_groups(codes, weight.scale)
     target = w + (error @ damped - error * diagonal) / diagonal
     slabs = target.view(*weight.scale.shape, -1) / weight.scale[..., None]
     return codes + (slabs.view_as(w) - codes).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
