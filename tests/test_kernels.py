@@ -43,7 +43,7 @@ def operands(weight: str, n: int, k: int, group: int = 32, *, bias: bool = True,
         codes = (_random(n, k, seed=1) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Operands(weight="fp8", codes=codes, scale=_positive(n, 1), **shared)
     codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    return Operands(weight="int4", codes=pack_int4(codes), scale=_positive(n, k // group), **shared)
+    return Operands(weight="int4", codes=pack_int4(codes), scale=_positive(n, k // group), group_size=group, **shared)
 
 
 def relative_error(y: Tensor, truth: Tensor) -> float:
@@ -101,7 +101,7 @@ def test_gemms_against_float64(m: int, n: int, k: int, out_dtype: torch.dtype, w
     w8, f8, w4 = operands("int8", n, k), operands("fp8", n, k), operands("int4", n, k)
     dense8 = w8.codes.double() * w8.scales().double()
     densef = f8.codes.double() * f8.scales().double()
-    dense4 = (unpack_int4(w4.codes).double().view(n, -1, 32) * w4.scales().double()[..., None]).view(n, k)
+    dense4 = (unpack_int4(w4.codes, k).double().view(n, -1, 32) * w4.scales().double()[..., None]).view(n, k)
     ints, floats = xi.double() * si.double(), xf.double() * sf.double()
     cases = [
         (ops.w8a8_int8_gemm(xi, si, w8.codes, w8.scale, bias, out_dtype), ints @ dense8.t()),
@@ -122,7 +122,7 @@ def test_every_group_size_and_strided_inputs(group: int) -> None:
     m, n, k = 3, 16, 256
     w = operands("int4", n, k, group, bias=False)
     wide = _random(m, 2 * k, seed=6)
-    dense = (unpack_int4(w.codes).double().view(n, -1, group) * w.scales().double()[..., None]).view(n, k)
+    dense = (unpack_int4(w.codes, k).double().view(n, -1, group) * w.scales().double()[..., None]).view(n, k)
     y = ops.w4a16_gemm(wide[:, ::2], w.codes.t().contiguous().t(), w.scale, None, group)
     assert relative_error(y, wide[:, ::2].double() @ dense.t()) < 1e-6
     codes, scale = ops.quantize_per_token_int8(wide[:, ::2])
@@ -162,7 +162,7 @@ def test_ops_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="groups of 48"):
         ops.w4a16_gemm(x, w.codes, w.scale, None, 48)
     with pytest.raises(ValueError, match="w_packed"):
-        ops.w4a16_gemm(x[:, :32], w.codes, w.scale, None, 32)
+        ops.w4a16_gemm(x, w.codes[:, :7], w.scale, None, 32)
     w8 = operands("int8", 16, 64)
     with pytest.raises(ValueError, match="bias"):
         ops.w8a16_gemm(x, w8.codes, w8.scale, torch.zeros(3))
@@ -230,7 +230,7 @@ def test_kernel_survives_extremes(k_: Kernel) -> None:
         extreme = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
     else:
         extreme = torch.full((n, k), largest, dtype=torch.float32).to(weight.codes.dtype)
-    weight = Operands(weight=k_.weight, codes=extreme, scale=weight.scale)
+    weight = dataclasses.replace(weight, codes=extreme, bias=None)
     # Opposite signs within a row: saturating sums of pairs would show.
     x = torch.stack([torch.full((k,), 5.0), torch.full((k,), -5.0), torch.zeros(k), torch.ones(k)])
     x[3, ::2] = -0.5

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind, quantize_activation
-from lowprec_kernels.packing import INT4_OFFSET, unpack_nibbles
+from lowprec_kernels.packing import unpack_int4, unpack_nibbles
 
 # Most weights that one block of a dequantising form upcasts: 4 MiB in float32, so that the block stays in cache.
 BLOCK_WEIGHTS = 1 << 20
@@ -79,7 +79,7 @@ def _block(operands: Operands, rows: slice, dtype: torch.dtype) -> Tensor:
     if operands.weight != "int4" or operands.scale is None:
         return codes.to(dtype)
     scale = operands.scale[rows]
-    values = (unpack_nibbles(codes) - INT4_OFFSET).to(torch.float32).view(*scale.shape, -1)
+    values = unpack_int4(codes, operands.k).to(torch.float32).view(*scale.shape, -1)
     if operands.zero is not None:
         values = values - operands.zero[rows, :, None]
     return (values * scale[..., None]).flatten(1).to(dtype)
@@ -158,7 +158,8 @@ def _check_int4pack(n: int, k: int, group_size: int | None) -> str | None:
 
 def _int4pack_layout(operands: Operands) -> tuple[Tensor, ...]:
     # The operator reads (nibble - 8) * scale + zero, so a symmetric weight has zero 0; both come as [K/G, N, 2].
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(operands.codes).contiguous(), 1)
+    nibbles = unpack_nibbles(operands.codes, operands.k).to(torch.int32).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
     scale = operands.scales()
     zero = torch.zeros_like(scale) if operands.zero is None else -operands.zero * scale
     return packed, torch.stack((scale.t(), zero.t()), dim=-1).to(torch.bfloat16).contiguous()

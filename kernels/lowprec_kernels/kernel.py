@@ -6,11 +6,13 @@ kernels of equal formats compute the same numbers up to rounding, those of the o
 and differ in speed alone. Which one is best is
 never assumed: it depends on the processor and is measured (`timing.py`).
 
-A module of this package that has a tuple `KERNELS` adds its kernels to `registered()`; nothing else is edited.
+A module of this package that has a tuple `KERNELS` adds its kernels to `registered()`; nothing else is edited. Modules
+called `triton_*` need triton and are left out where it is not installed.
 """
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ class Operands:
 
     Attributes:
         weight: the weight format's kind.
-        codes: [N, K] bfloat16 (bf16), int8 or float8_e4m3fn, or [N, K/8] int32 words (int4, see `packing.py`).
+        codes: [N, K] bfloat16 (bf16), int8 or float8_e4m3fn, or [N, words_for(K)] int32 (int4, see `packing.py`).
         scale: [N, 1] or, int4, [N, K/G] float32 that holds bfloat16 values; None for bf16.
+        group_size: int4 alone: G, the columns that share a scale.
         zero: int4 alone: [N, K/G] int8, the code (in [-8, 7]) that stands for zero in each group; None for 0.
         bias: [N] or None.
         activation_scale: calibrated scale of the activations (scalar), None when they are scaled per token.
@@ -45,6 +48,7 @@ class Operands:
     bias: Tensor | None = None
     activation_scale: Tensor | None = None
     zero: Tensor | None = None
+    group_size: int | None = None
 
     @property
     def n(self) -> int:
@@ -54,12 +58,7 @@ class Operands:
     @property
     def k(self) -> int:
         """Input width."""
-        return self.codes.shape[1] * (8 if self.weight == "int4" else 1)
-
-    @property
-    def group_size(self) -> int | None:
-        """Columns that share a scale, None for a whole row."""
-        return self.k // self.scale.shape[1] if self.weight == "int4" and self.scale is not None else None
+        return self.codes.shape[1] if self.group_size is None else self.scales().shape[1] * self.group_size
 
     def scales(self) -> Tensor:
         """`scale`, which every quantised weight has."""
@@ -141,7 +140,10 @@ def quantize_activation(x: Tensor, kind: ActivationKind, static_scale: Tensor | 
 def registered() -> tuple[Kernel, ...]:
     """Every kernel of every module of this package, in order of module name."""
     found: list[Kernel] = []
+    with_triton = importlib.util.find_spec("triton") is not None
     for module in sorted(m.name for m in pkgutil.iter_modules(lowprec_kernels.__path__)):
+        if module.startswith("triton_") and not with_triton:
+            continue
         found += getattr(importlib.import_module(f"lowprec_kernels.{module}"), "KERNELS", ())
     keys = [(k.name, k.weight, k.activation, k.device) for k in found]
     for key in keys:

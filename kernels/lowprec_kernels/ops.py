@@ -6,13 +6,13 @@
 | quantize_per_token_fp8 | x[M,K] float | codes[M,K] e4m3fn, scale[M,1] f32 |
 | w8a8_int8_gemm, w8a8_fp8_gemm | x_codes[M,K], x_scale[M,1], w_codes[N,K], w_scale[N,1], bias[N]?, out_dtype | y[M,N] |
 | w8a16_gemm | x[M,K] float, w_codes[N,K] int8, w_scale[N,1], bias[N]? | y[M,N] in x's dtype |
-| w4a16_gemm | x[M,K] float, w_packed[N,K/8] int32, w_scale[N,K/G], bias[N]?, group_size, w_zero[N,K/G]? int8 | y[M,N] |
+| w4a16_gemm | x[M,K] float, w_packed[N,P] int32, w_scale[N,K/G], bias[N]?, group_size, w_zero[N,K/G]? int8 | y[M,N] |
 | w4a8_int8_gemm, w4a8_fp8_gemm | x_codes, x_scale, w_packed, w_scale, bias?, group_size, out_dtype | y[M,N] |
 
-Scales are float32, bias any float dtype, M may be 0, operands may have any strides. Integer products are summed
-exactly. Every op computes `reference.py`'s numbers, on any device; the packed layout is drawn in `packing.py`, and what
-happens to values that are not finite is said in `reference.py`. A wrong shape or dtype raises ValueError, also in the
-fake form.
+P is `packing.words_for(K)`, scales are float32, bias is of any float dtype, M may be 0, operands may have any strides.
+Integer products are summed exactly. Every op computes `reference.py`'s numbers, on any device; the packed layout is
+drawn in `packing.py`, and what happens to values that are not finite is said in `reference.py`. A wrong shape or dtype
+raises ValueError, also in the fake form.
 
 What runs fast is a `kernel.Kernel`: it names a pair of formats and so, in `GEMMS`, the op whose numbers it must give.
 The kernels called "reference" (`slow.py`) call the ops; the runtime compares its layers with these, and the tests do so
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowprec_kernels import reference
 from lowprec_kernels.kernel import ActivationKind, WeightKind
-from lowprec_kernels.packing import CODES_PER_WORD
+from lowprec_kernels.packing import words_for
 
 OPS: dict[str, Any] = {}
 
@@ -44,8 +44,9 @@ def _check_codes(op: str, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> N
 
 
 def _check_packed(op: str, k: int, w_packed: Tensor, w_scale: Tensor, group_size: int) -> None:
-    if w_packed.ndim != 2 or w_packed.dtype != torch.int32 or w_packed.shape[1] * CODES_PER_WORD != k:
-        raise ValueError(f"{op}: w_packed must be [N, {k} / 8] int32, not {w_packed.dtype} {tuple(w_packed.shape)}")
+    if w_packed.ndim != 2 or w_packed.dtype != torch.int32 or w_packed.shape[1] != words_for(k):
+        wanted = f"[N, {words_for(k)}] int32 for K = {k}"
+        raise ValueError(f"{op}: w_packed must be {wanted}, not {w_packed.dtype} {tuple(w_packed.shape)}")
     if group_size <= 0 or k % group_size or tuple(w_scale.shape) != (w_packed.shape[0], k // group_size):
         raise ValueError(f"{op}: w_scale {tuple(w_scale.shape)} does not fit K = {k} in groups of {group_size}")
 
@@ -53,6 +54,10 @@ def _check_packed(op: str, k: int, w_packed: Tensor, w_scale: Tensor, group_size
 def _check_pair(op: str, k: int, n: int, w: Tensor, bias: Tensor | None) -> None:
     if w.shape[1] != k:
         raise ValueError(f"{op}: x has K = {k}, the weight {w.shape[1]}")
+    _check_bias(op, n, bias)
+
+
+def _check_bias(op: str, n: int, bias: Tensor | None) -> None:
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"{op}: bias must be [{n}], not {tuple(bias.shape)}")
 
@@ -149,7 +154,7 @@ def _check_w4a16(
 ) -> None:
     _check_x("w4a16_gemm", x)
     _check_packed("w4a16_gemm", x.shape[1], w_packed, w_scale, group_size)
-    _check_pair("w4a16_gemm", w_packed.shape[1], w_packed.shape[0], w_packed, bias)
+    _check_bias("w4a16_gemm", w_packed.shape[0], bias)
     if w_zero is not None and (w_zero.shape != w_scale.shape or w_zero.dtype != torch.int8):
         raise ValueError(
             f"w4a16_gemm: w_zero must be {tuple(w_scale.shape)} int8, not {w_zero.dtype} {tuple(w_zero.shape)}"
@@ -185,7 +190,7 @@ def _check_w4a8(
 ) -> None:
     _check_codes(op, x_codes, x_scale, dtype)
     _check_packed(op, x_codes.shape[1], w_packed, w_scale, group_size)
-    _check_pair(op, w_packed.shape[1], w_packed.shape[0], w_packed, bias)
+    _check_bias(op, w_packed.shape[0], bias)
 
 
 @torch.library.custom_op("lowprec::w4a8_int8_gemm", mutates_args=())

@@ -1,55 +1,63 @@
-"""Bit layout of INT4 weights: eight codes to an int32, lowest nibble first, offset binary (code + 8).
+"""Bit layout of INT4 weights: chunks of 64 columns, each in two planes of nibbles, offset binary (code + 8).
 
-One row of K codes becomes K / 8 words; within the word that holds codes c0 .. c7:
+A row of K codes is cut into chunks of 64, the last one filled up with code 0. A chunk is 32 bytes, that is 8 words of
+32 bits; byte j of the chunk holds column j in its low nibble and column 32 + j in its high one. Word i of the chunk:
 
-    bit  31    28 27    24 23    20 19    16 15    12 11     8 7      4 3      0
-        +--------+--------+--------+--------+--------+--------+--------+--------+
-        | c7 + 8 | c6 + 8 | c5 + 8 | c4 + 8 | c3 + 8 | c2 + 8 | c1 + 8 | c0 + 8 |
-        +--------+--------+--------+--------+--------+--------+--------+--------+
+    bit  31      28 27      24 23      20 19      16 15      12 11       8 7        4 3        0
+        +----------+----------+----------+----------+----------+----------+----------+----------+
+        | c[35+4i] | c[ 3+4i] | c[34+4i] | c[ 2+4i] | c[33+4i] | c[ 1+4i] | c[32+4i] | c[  4i ] |
+        +----------+----------+----------+----------+----------+----------+----------+----------+
 
-This is the `weight_packed` tensor of the compressed-tensors format `pack-quantized` with 4 bits, packed along the
-columns. `pack_int4` and `unpack_int4` are exact inverses. Left out: other widths, and K that is no multiple of 8
-(compressed-tensors pads; every group size here is a multiple of 32, so the case does not arise).
+Why two planes: a matmul kernel masks a tile of bytes once for the low plane and once for the high one, and each is a
+tile of 32 consecutive columns per chunk, so nothing is ever interleaved in registers; a group of 32 columns is one
+plane of a chunk. `pack_int4` and `unpack_int4` are exact inverses. Files have a layout of their own (compressed-tensors
+packs eight consecutive columns to a word): weights are laid out anew when they are loaded.
 """
 
 import torch
 from torch import Tensor
 
+CHUNK = 64
+PLANE = CHUNK // 2
 CODES_PER_WORD = 8
+WORDS_PER_CHUNK = CHUNK // CODES_PER_WORD
 INT4_OFFSET = 8
 
 
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(0, 4 * CODES_PER_WORD, 4, dtype=torch.int32, device=device)
+def words_for(k: int) -> int:
+    """Words that a row of K codes takes."""
+    return -(-k // CHUNK) * WORDS_PER_CHUNK
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes [..., K] int8 in [-8, 7] -> words [..., K / 8] int32.
+    """Codes [..., K] int8 in [-8, 7] -> words [..., words_for(K)] int32.
 
     Raises:
-        ValueError: K is no multiple of 8, the dtype is not int8, or a code is out of range.
+        ValueError: the dtype is not int8, or a code is out of range.
     """
-    if codes.dtype != torch.int8 or codes.shape[-1] % CODES_PER_WORD:
-        raise ValueError(f"pack_int4 needs int8 codes with K a multiple of 8, not {codes.dtype} {tuple(codes.shape)}")
+    if codes.dtype != torch.int8 or codes.ndim < 1:
+        raise ValueError(f"pack_int4 needs int8 codes [..., K], not {codes.dtype} {tuple(codes.shape)}")
     if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"pack_int4 needs codes in [-8, 7], these lie in [{int(codes.min())}, {int(codes.max())}]")
-    words = codes.shape[-1] // CODES_PER_WORD
-    nibbles = (codes.to(torch.int32) + INT4_OFFSET).reshape(*codes.shape[:-1], words, CODES_PER_WORD)
-    # The nibbles do not overlap, so the sum is their bitwise or; int32 wraps where the top nibble sets the sign.
-    return (nibbles << _shifts(codes.device)).sum(-1, dtype=torch.int32)
+    k = codes.shape[-1]
+    filled = torch.nn.functional.pad(codes, (0, words_for(k) * CODES_PER_WORD - k))
+    nibbles = (filled + INT4_OFFSET).view(torch.uint8).unflatten(-1, (-1, 2, PLANE))
+    # Bytes are put together as bytes, so that the order within a word is the machine's own (little-endian).
+    return (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2).contiguous().view(torch.int32)
 
 
-def unpack_nibbles(words: Tensor) -> Tensor:
-    """Words [..., K / 8] int32 -> nibbles [..., K] int32 in [0, 15], that is code + 8."""
-    return ((words.unsqueeze(-1) >> _shifts(words.device)) & 15).flatten(-2)
+def unpack_nibbles(words: Tensor, k: int) -> Tensor:
+    """Words [..., words_for(k)] int32 -> nibbles [..., k] uint8 in [0, 15], that is code + 8."""
+    bytes_ = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 1, PLANE))
+    return torch.cat((bytes_ & 15, bytes_ >> 4), dim=-2).flatten(-3)[..., :k]
 
 
-def unpack_int4(words: Tensor) -> Tensor:
-    """Words [..., K / 8] int32 -> codes [..., K] int8 in [-8, 7].
+def unpack_int4(words: Tensor, k: int) -> Tensor:
+    """Words [..., words_for(k)] int32 -> codes [..., k] int8 in [-8, 7].
 
     Raises:
-        ValueError: `words` is not int32.
+        ValueError: `words` is not int32, or holds another number of columns.
     """
-    if words.dtype != torch.int32:
-        raise ValueError(f"unpack_int4 needs int32 words, not {words.dtype}")
-    return (unpack_nibbles(words) - INT4_OFFSET).to(torch.int8)
+    if words.dtype != torch.int32 or words.shape[-1] != words_for(k):
+        raise ValueError(f"{k} codes are {words_for(k)} int32 words, not {words.dtype} {tuple(words.shape)}")
+    return unpack_nibbles(words, k).view(torch.int8) - INT4_OFFSET

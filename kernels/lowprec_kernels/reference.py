@@ -65,8 +65,8 @@ def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
 
 
 def grouped_weight(w_packed: Tensor, w_scale: Tensor, group_size: int, w_zero: Tensor | None = None) -> Tensor:
-    """[N, K/8] words, [N, K/G] scales and codes that stand for zero -> [N, K] float64."""
-    codes = unpack_int4(w_packed).to(torch.float64)
+    """[N, words_for(K)] words, [N, K/G] scales and codes that stand for zero -> [N, K] float64."""
+    codes = unpack_int4(w_packed, w_scale.shape[1] * group_size).to(torch.float64)
     grouped = codes.reshape(*w_scale.shape, group_size)
     if w_zero is not None:
         grouped = grouped - w_zero.to(torch.float64)[..., None]
@@ -98,7 +98,7 @@ def w8a16_gemm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None)
 def w4a16_gemm(
     x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
 ) -> Tensor:
-    """x [M, K] float, [N, K/8] int32, [N, K/G], [N] or None, [N, K/G] int8 or None -> [M, N] in x's dtype."""
+    """x [M, K] float, [N, words_for(K)] int32, [N, K/G], [N] or None, [N, K/G] int8 or None -> [M, N] in x's dtype."""
     return _finish(x.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size, w_zero).t(), bias, x.dtype)
 
 
@@ -111,8 +111,8 @@ def w4a8_int8_gemm(
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """[M, K] int8, [M, 1], [N, K/8] int32, [N, K/G], [N] or None -> [M, N]; one exact integer sum per group."""
-    w_codes = unpack_int4(w_packed)
+    """[M, K] int8, [M, 1], [N, words_for(K)] int32, [N, K/G], [N] or None -> [M, N]; an exact integer sum per group."""
+    w_codes = unpack_int4(w_packed, x_codes.shape[1])
     y = x_scale.new_zeros(x_codes.shape[0], w_codes.shape[0], dtype=torch.float64)
     for group in range(w_scale.shape[1]):
         columns = slice(group * group_size, (group + 1) * group_size)
@@ -130,7 +130,7 @@ def w4a8_fp8_gemm(
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """[M, K] e4m3, [M, 1], [N, K/8] int32, [N, K/G], [N] or None -> [M, N] `out_dtype`."""
+    """[M, K] e4m3, [M, 1], [N, words_for(K)] int32, [N, K/G], [N] or None -> [M, N] `out_dtype`."""
     sums = x_codes.to(torch.float64) @ grouped_weight(w_packed, w_scale, group_size).t()
     return _finish(sums * x_scale.to(torch.float64), bias, out_dtype)
 

@@ -64,7 +64,7 @@ def group_size_of(scheme: Scheme) -> int | None:
 def operands_of(
     weight: QuantizedWeight, bias: Tensor | None = None, activation_scale: Tensor | None = None
 ) -> Operands:
-    """A solved weight in the kernels' terms; codes of 4 bits or fewer are packed, eight to a word."""
+    """A solved weight in the kernels' terms; codes of 4 bits or fewer are packed."""
     kind = weight_kind(weight.format)
     codes, zero = weight.codes, None
     if not WEIGHT_FORMATS[weight.format].symmetric:
@@ -77,6 +77,7 @@ def operands_of(
         bias=bias,
         activation_scale=None if activation_scale is None else activation_scale.to(torch.float32),
         zero=zero,
+        group_size=WEIGHT_FORMATS[weight.format].group_size,
     )
 
 

@@ -10,7 +10,7 @@ from lowprec.errors import ConfigError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
 from lowprec.formats.asymmetric import from_offset
 from lowprec.records import Scheme
-from lowprec.runtime.dispatch import KernelTable, bucket_of, choose, kinds, operands_of
+from lowprec.runtime.dispatch import KernelTable, bucket_of, choose, group_size_of, kinds, operands_of
 from lowprec_kernels.kernel import Kernel, Operands, State
 from lowprec_kernels.packing import unpack_int4
 from lowprec_kernels.slow import linear64
@@ -21,7 +21,7 @@ DENSE_TOLERANCE = 1e-2
 class QuantLinear(nn.Module):
     """y = x W^T + b with W in codes.
 
-    Buffers: `codes` ([N, K], or [N, K/8] packed words for INT4), `scale` ([N, K/G] float32), `zero` ([N, K/G] int8,
+    Buffers: `codes` ([N, K], or packed words for INT4), `scale` ([N, K/G] float32), `zero` ([N, K/G] int8,
     where the format has zero points), `bias` ([N]), `activation_scale` (scalar, static schemes only). Converting the
     module to another dtype leaves them as they are; moving it to another device moves them. Layouts that kernels
     prepare are made on first use and kept.
@@ -85,13 +85,14 @@ class QuantLinear(nn.Module):
             zero=self.zero,
             bias=self.bias,
             activation_scale=self.activation_scale,
+            group_size=group_size_of(self.scheme),
         )
 
     def unpacked_codes(self) -> Tensor:
         """Codes [N, K] as a solver gives them, for comparison with a plan."""
         if self._weight_kind != "int4":
             return self.codes
-        codes = unpack_int4(self.codes)
+        codes = unpack_int4(self.codes, self.in_features)
         return codes if self.zero is None else from_offset(codes, self.zero)
 
     @property

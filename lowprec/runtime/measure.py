@@ -43,7 +43,14 @@ def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0) -> Operands:
     codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
     if fmt.bits < 8:
         zero = None if fmt.symmetric else torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8)
-        return Operands(weight="int4", codes=pack_int4(codes), scale=scale, activation_scale=static, zero=zero)
+        return Operands(
+            weight="int4",
+            codes=pack_int4(codes),
+            scale=scale,
+            activation_scale=static,
+            zero=zero,
+            group_size=fmt.group_size,
+        )
     return Operands(weight="int8", codes=codes, scale=scale, activation_scale=static)
 
 

@@ -137,7 +137,7 @@ def _rows(layer: QuantLinear, which: Tensor) -> Tensor:
     """Rows of the layer's weight, [R, K] float32."""
     operands = layer.operands()
     codes = operands.codes[which]
-    values = unpack_int4(codes) if operands.weight == "int4" else codes
+    values = unpack_int4(codes, operands.k) if operands.weight == "int4" else codes
     if operands.zero is not None:
         values = from_offset(values, operands.zero[which])
     if operands.scale is None:

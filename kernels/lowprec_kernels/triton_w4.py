@@ -1,0 +1,336 @@
+"""INT4 weights in groups, times bfloat16, float16, INT8 or FP8 activations.
+
+    w4a16   y[m, n] = sum_g s[n, g] sum_{k in g} x[m, k] (c[n, k] - z[n, g]) + b[n]
+    w4a8    y[m, n] = s[m] sum_g s[n, g] sum_{k in g} xc[m, k] c[n, k] + b[n]
+
+Codes lie in two planes of nibbles (`packing.py`): a tile of words gives two operands (`triton_unpack.py`), each to be
+multiplied with its own columns of x. Weights are the tall side of the matrix instruction and stay in registers, x is
+read from shared memory, so 16 rows of x cost what one costs. For few rows K is split over blocks until memory is busy.
+16-bit operands have their columns permuted: a short x is read permuted, a long one is permuted in memory first.
+
+The scale of a group goes on the float32 sum of that group, so that weights are exact operands and w4a8-int8 sums a
+group exactly. Two forms for many rows give that up or go around it: "scaled" multiplies the weights by their scales,
+rounded to x's dtype, and keeps one sum (no sums of groups in registers: twice the tile); "dequantize" writes the scaled
+weights out once and leaves the product to the vendor's matmul.
+
+int8 operands are 16 times the code. e4m3 operands are code + 8, which adds 8 sum_g s[n, g] sum_{k in g} xc[m, k]: the
+scales times the sums of x over each group (`group_sums`), taken off once at the end.
+
+Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7] and two levels over one storage:
+
+    level 4   c = q - z, scale s            reads the base alone: half the bytes
+    level 8   c = 8 (q - z) + r, scale s/8  reads both; c fits in 8 bits, which bfloat16 holds exactly
+
+Left out: groups that are neither 32 nor a multiple of 64, zero points with quantised activations.
+Sources: Marlin (arXiv 2408.11743) for few rows; DeepSeek-V3 (arXiv 2412.19437, section 3.3) for sums of groups that
+are promoted to float32; GPTQ kernels at large and Marlin for scaled weights.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from lowprec_kernels.packing import CHUNK, PLANE
+from lowprec_kernels.triton_common import on_device, on_nvidia, split_buffers
+from lowprec_kernels.triton_w4_kernels import dequantize_kernel, sums_kernel, w4_kernel
+from lowprec_kernels.tuning import Config, Family, Problem, config_for
+
+
+def group_sums(x_codes: Tensor, group_size: int) -> Tensor:
+    """x_codes [M, K] -> [K / G, M] float32: sums over each group of columns."""
+    m, k = x_codes.shape
+    sums = torch.empty(k // group_size, m, dtype=torch.float32, device=x_codes.device)
+    block_m = 16
+    with on_device(x_codes):
+        sums_kernel[triton.cdiv(m, block_m), k // group_size](
+            x_codes, sums, m, k, x_codes.stride(0), group_size, block_m
+        )
+    return sums
+
+
+def dequantize(w_packed: Tensor, w_scale: Tensor, group_size: int, w_zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N, words] int32, [N, K/G], [N, K/G] int8 or None -> [N, K] `dtype`: codes times scales, rounded once."""
+    n, k = w_packed.shape[0], w_scale.shape[1] * group_size
+    out = torch.empty(n, k, dtype=dtype, device=w_packed.device)
+    block_n, block_k = 16, 512
+    grid = triton.cdiv(n, block_n), triton.cdiv(w_packed.shape[1] * 8, block_k)
+    with on_device(w_packed):
+        dequantize_kernel[grid](
+            w_packed.view(torch.uint8),
+            w_scale,
+            w_zero,
+            out,
+            n,
+            k,
+            w_packed.shape[1] * 4,
+            w_scale.shape[1],
+            group_size,
+            block_n,
+            block_k,
+        )
+    return out
+
+
+def in_fragment_order(x: Tensor) -> Tensor:
+    """x [M, K] -> the same with its columns permuted within chunks of 64 as 16-bit operands are, K filled up to chunks.
+
+    Column 8 l + 4 b + 2 h + i of a plane goes to place 16 b + 8 h + 2 l + i (`triton_unpack.fragment_columns`).
+    """
+    m, k = x.shape
+    x = torch.nn.functional.pad(x, (0, -k % CHUNK)) if k % CHUNK else x
+    return x.reshape(m, -1, PLANE // 8, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(m, -1)
+
+
+# Splits of K that are compiled for: each is a variant of its own.
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LONG_M = 64
+
+
+def _splits(n: int, k: int, block_n: int, block_k: int, blocks: int) -> int:
+    """The split that comes nearest to `blocks` blocks, each left with at least two steps."""
+    tiles = triton.cdiv(n, block_n)
+    fitting = [s for s in SPLITS if s == 1 or 2 * s * block_k <= k]
+    return min(fitting, key=lambda s: abs(tiles * s - blocks))
+
+
+def _step(group_size: int) -> int:
+    """Columns of a step: one group, at most 128; two groups of 32."""
+    return 128 if group_size % 128 == 0 else CHUNK
+
+
+# (block_n, warps, stages, blocks aimed at) for few rows; (block_n, warps, stages) for more.
+_FEW = (
+    (128, 4, 4, 528), (128, 4, 5, 396), (128, 4, 6, 264), (128, 4, 4, 792), (128, 4, 3, 528), (64, 4, 5, 792),
+    (64, 4, 6, 528), (64, 4, 4, 1056), (128, 8, 4, 396), (128, 8, 6, 264), (256, 8, 4, 264), (256, 8, 5, 132),
+    (256, 8, 3, 396), (256, 8, 6, 132),
+)  # fmt: skip
+
+
+def _few_rows(problem: Problem, step: int) -> list[Config]:
+    rows = 16 if problem.m <= 16 else 32
+    found = [
+        Config(
+            block_m=rows, block_n=block_n, block_k=step, warps=warps, stages=stages, group_m=1,
+            split_k=_splits(problem.n, problem.k, block_n, step, blocks),
+        )
+        for block_n, warps, stages, blocks in _FEW
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def _middle(problem: Problem, step: int) -> list[Config]:
+    """Up to a few hundred rows: exact sums of groups, K split where tiles alone do not fill a device."""
+    found = []
+    for block_m, block_n, warps, stages in (
+        (64, 128, 8, 4), (64, 128, 4, 3), (64, 256, 8, 3), (128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 3),
+    ):  # fmt: skip
+        rows = triton.cdiv(problem.m, block_m)
+        for blocks in (132, 264):
+            split = _splits(problem.n * rows, problem.k, block_n, step, blocks)
+            found.append(
+                Config(block_m=block_m, block_n=block_n, block_k=step, warps=warps, stages=stages, split_k=split)
+            )
+    return list(dict.fromkeys(found))
+
+
+def _many_rows(problem: Problem) -> list[Config]:
+    """Scaled weights and one sum: the largest tiles."""
+    return [
+        Config(block_m=bm, block_n=bn, block_k=CHUNK, warps=warps, stages=stages, form="scaled")
+        for bm, bn, warps, stages in (
+            (128, 128, 8, 4), (256, 128, 8, 4), (256, 128, 8, 3), (128, 256, 8, 4), (128, 256, 8, 3), (128, 128, 4, 3),
+        )
+    ]  # fmt: skip
+
+
+_DEQUANTIZE = Config(block_m=128, block_n=128, block_k=CHUNK, form="dequantize")
+
+
+def family(name: str, group_size: int, bytes_x: float = 2.0, bytes_w: float = 0.5, *, float_x: bool = True) -> Family:
+    """A family of these kernels; `float_x` says that weights may be scaled or dequantised."""
+    step = _step(group_size)
+
+    def candidates(problem: Problem) -> list[Config]:
+        if problem.m <= 32:
+            return _few_rows(problem, step)
+        found = _middle(problem, step)
+        if not float_x:
+            return found
+        many = _many_rows(problem)
+        if problem.m <= LONG_M:
+            return [*found, *many[:1]]
+        return [*many, _DEQUANTIZE, *found[:8]]
+
+    return Family(name=f"{name}-g{group_size}", candidates=candidates, bytes_x=bytes_x, bytes_w=bytes_w)
+
+
+_KINDS = {torch.bfloat16: "w4a16", torch.float16: "w4a16", torch.int8: "w4a8-int8", torch.float8_e4m3fn: "w4a8-fp8"}
+FAMILIES = tuple(
+    family(name, group, 2.0 if name == "w4a16" else 1.0, float_x=name == "w4a16")
+    for name in ("w4a16", "w4a8-int8", "w4a8-fp8")
+    for group in (32, 64, 128)
+)
+_BY_NAME = {found.name: found for found in FAMILIES}
+
+
+def unsupported(group_size: int) -> str | None:
+    """None, or why these kernels cannot take groups of this size."""
+    if group_size == PLANE or group_size % CHUNK == 0:
+        return None
+    return f"the Triton kernels take groups of {PLANE} or a multiple of {CHUNK} columns, not {group_size}"
+
+
+def family_of(dtype: torch.dtype, group_size: int) -> Family:
+    """The family that multiplies x of `dtype`; groups larger than 128 are tuned as 128.
+
+    Raises:
+        ValueError: no kernel takes that group size or dtype.
+    """
+    reason = unsupported(group_size)
+    if dtype not in _KINDS:
+        reason = f"x must be bfloat16 or float16, or codes in int8 or float8_e4m3fn, not {dtype}"
+    if reason is not None:
+        raise ValueError(reason)
+    tuned_as = group_size if group_size <= 128 else 128 if group_size % 128 == 0 else 64
+    return _BY_NAME[f"{_KINDS[dtype]}-g{tuned_as}"]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def launch(
+    family: Family,
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_sums: Tensor | None,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    w_zero: Tensor | None,
+    out_dtype: torch.dtype,
+    config: Config | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiplies in a configuration of `family`, the tables' one where `config` is None."""
+    (m, k), n = x.shape, w_packed.shape[0]
+    out = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if m == 0:
+        return out
+    config = config or config_for(family, Problem(m=m, n=n, k=k), x.device)
+    w_packed, w_scale = w_packed.contiguous(), w_scale.contiguous()
+    w_zero = None if w_zero is None else w_zero.contiguous()
+    if config.form == "dequantize":
+        dense = dequantize(w_packed, w_scale, group_size, w_zero, x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+    float_x = x.is_floating_point() and x.dtype != torch.float8_e4m3fn
+    permuted = float_x and config.block_m >= LONG_M
+    x = in_fragment_order(x) if permuted else _dense(x)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    workspace, counters = split_buffers(x, tiles, config, torch.float32)
+    w = w_packed if float_x else w_packed.view(torch.uint8)
+    with on_device(x):
+        w4_kernel[tiles, config.split_k](
+            x,
+            w,
+            None if residual is None else residual.contiguous(),
+            w_scale,
+            w_zero,
+            None if x_scale is None else x_scale.contiguous(),
+            x_sums,
+            None if bias is None else bias.contiguous(),
+            out,
+            workspace,
+            counters,
+            m,
+            n,
+            k,
+            x.stride(0),
+            w.stride(0),
+            w_scale.stride(0),
+            out.stride(0),
+            GROUP=group_size,
+            IN_ORDER=permuted or not float_x,
+            FAST=on_nvidia(x),
+            SCALED=config.form == "scaled",
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            SPLIT_K=config.split_k,
+            GROUP_M=config.group_m,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out
+
+
+def w4a16_gemm(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    w_zero: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """x [M, K] bfloat16 or float16, [N, words] int32, [N, K/G], [N]?, [N, K/G]? int8 -> [M, N] in x's dtype."""
+    return launch(
+        family_of(x.dtype, group_size), x, None, None, w_packed, w_scale, bias, group_size, w_zero, x.dtype, config
+    )
+
+
+def w4a8_int8_gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """[M, K] int8, [M, 1], [N, words] int32, [N, K/G], [N]? -> [M, N]."""
+    return launch(
+        family_of(x_codes.dtype, group_size),
+        x_codes,
+        x_scale,
+        None,
+        w_packed,
+        w_scale,
+        bias,
+        group_size,
+        None,
+        out_dtype,
+        config,
+    )
+
+
+def w4a8_fp8_gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+    x_sums: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """[M, K] e4m3, [M, 1], [N, words] int32, [N, K/G], [N]?; `x_sums` [K/G, M] as `group_sums` gives -> [M, N]."""
+    x_codes = _dense(x_codes)
+    if x_sums is None and len(x_codes):
+        x_sums = group_sums(x_codes, group_size)
+    return launch(
+        family_of(x_codes.dtype, group_size),
+        x_codes,
+        x_scale,
+        x_sums,
+        w_packed,
+        w_scale,
+        bias,
+        group_size,
+        None,
+        out_dtype,
+        config,
+    )

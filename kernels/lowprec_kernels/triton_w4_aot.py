@@ -1,0 +1,86 @@
+"""What the INT4 kernels promise without a GPU: each configuration that may be launched, compiled and counted.
+
+The cases are the distinct variants among the candidates of every family at a decode, a middle and a prefill size, so
+that a configuration cannot ship without having been compiled. The bar on instructions per weight holds for up to 16
+rows, where unpacking is what limits the kernel; with more rows the sums of groups are a growing part of the loop.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from lowprec_kernels.aot import AotCase
+from lowprec_kernels.triton_nested import FAMILIES as NESTED
+from lowprec_kernels.triton_w4 import FAMILIES, LONG_M
+from lowprec_kernels.triton_w4_kernels import w4_kernel
+from lowprec_kernels.tuning import Config, Family, Problem
+
+PROBLEMS = tuple(Problem(m=m, n=8192, k=8192) for m in (16, 32, 64, 512))
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
+MATRIX = {
+    "*bf16": {"sm_80": "HMMA.*BF16", "sm_89": "HMMA.*BF16", "sm_90": "HGMMA.*BF16", "sm_100": "UTCHMMA"},
+    "*fp16": {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"},
+    "*i8": {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA"},
+    # tf32 products take the offset of the operands off.
+    "*fp8e4nv": {"sm_89": "QMMA|HMMA.*TF32", "sm_90": "QGMMA|HGMMA.*TF32", "sm_100": "UTCQMMA|UTCHMMA|HMMA"},
+}
+LIMITS = {"*bf16": 4.3, "*fp16": 4.3, "*i8": 1.5, "*fp8e4nv": 1.5}
+LIMITED_M = 16
+
+
+def _type_of(family: Family) -> str:
+    return {"w4a8-int8": "*i8", "w4a8-fp8": "*fp8e4nv"}.get(family.name.rpartition("-")[0], "*bf16")
+
+
+def _case(family: Family, kind: str, config: Config, group: int) -> AotCase:
+    codes, nested = kind in ("*i8", "*fp8e4nv"), family.name.startswith("nested8")
+    signature = {
+        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*fp32", "zero": "*i8",
+        "x_scale": "*fp32", "x_sums": "*fp32", "bias": "*fp32", "out": "*bf16" if codes else kind,
+        "workspace": "*fp32", "counters": "*i32",
+    }  # fmt: skip
+    present = {
+        "residual": nested, "zero": False, "x_scale": codes, "x_sums": kind == "*fp8e4nv", "bias": False,
+        "workspace": config.split_k > 1, "counters": config.split_k > 1,
+    }  # fmt: skip
+    integers = ("m", "n", "k", "stride_x", "stride_w", "stride_s", "stride_o")
+    absent = {name for name, there in present.items() if not there}
+    typed = {name: t for name, t in signature.items() if name not in absent} | dict.fromkeys(integers, "i32")
+    limit = {} if nested or config.block_m > LIMITED_M else dict.fromkeys(("sm_80", "sm_89", "sm_90"), LIMITS[kind])
+    return AotCase(
+        name=f"{family.name} {kind[1:]} m{config.block_m} n{config.block_n} k{config.block_k} w{config.warps} "
+        f"s{config.stages} {'split' if config.split_k > 1 else ''}{config.form}",
+        kernel=w4_kernel,
+        signature=typed,
+        constants=dict.fromkeys(absent, None)
+        | {
+            "GROUP": group,
+            "IN_ORDER": codes or config.block_m >= LONG_M,
+            "FAST": True,
+            "SCALED": config.form == "scaled",
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "SPLIT_K": min(config.split_k, 2),
+            "GROUP_M": config.group_m,
+        },
+        divisible=(*(name for name in typed if typed[name][0] == "*"), "n", "k", "stride_x", "stride_w", "stride_o"),
+        warps=config.warps,
+        stages=config.stages,
+        expected=MATRIX[kind],
+        weights_per_trip=config.block_n * config.block_k,
+        limits=limit,
+        targets=tuple(MATRIX[kind]),
+    )
+
+
+def _cases() -> Iterator[AotCase]:
+    for family, problem in itertools.product((*FAMILIES, *NESTED), PROBLEMS):
+        group, kind = int(family.name.rpartition("-g")[2]), _type_of(family)
+        for config in family.fitting(problem):
+            if config.form != "dequantize":
+                yield _case(family, kind, config, group)
+
+
+AOT = tuple({case.name: case for case in _cases()}.values())

@@ -1,0 +1,3 @@
+"""Switches Triton's interpreter on before any test imports a kernel."""
+
+import interpreter  # noqa: F401
