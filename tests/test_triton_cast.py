@@ -21,11 +21,17 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = Config(block_m=2, block_n=1, block_k=128, warps=2, stages=1)
 
 
+def quantize_per_token(x: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
+    """Reference: x [M, K] -> codes [M, K], scale [M, 1], computed on the CPU, whose divisions are IEEE's."""
+    codes, scale = reference.REFERENCES[f"quantize_per_token_{kind}"](x.cpu())
+    return codes.to(x.device), scale.to(x.device)
+
+
 def quantize_per_block(x: Tensor, kind: ActivationKind, block: int) -> tuple[Tensor, Tensor]:
     """Reference: x [M, K] -> codes [M, K], scale [M, ceil(K / block)]: each block is a token of `block` values."""
     m, k = x.shape
     padded = torch.nn.functional.pad(x, (0, -k % block)).reshape(-1, block)
-    codes, scale = reference.REFERENCES[f"quantize_per_token_{kind}"](padded)
+    codes, scale = quantize_per_token(padded, kind)
     return codes.view(torch.uint8).reshape(m, -1)[:, :k].contiguous().view(codes.dtype), scale.reshape(m, -1)
 
 
@@ -69,21 +75,23 @@ def assert_near(found: Quantized, codes: Tensor, scale: Tensor) -> None:
 def test_cast_gives_the_codes_of_the_reference(kind: ActivationKind, shape: tuple[int, int]) -> None:
     for dtype in DTYPES:
         x = values(*shape, dtype=dtype)
-        assert_same(quantize(x, kind), *reference.REFERENCES[f"quantize_per_token_{kind}"](x))
+        assert_same(quantize(x, kind), *quantize_per_token(x, kind))
         assert_same(quantize(x, kind, block=128), *quantize_per_block(x, kind, 128))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_chunks_give_what_whole_rows_give(kind: ActivationKind) -> None:
     x = values(5, 1000)
-    assert_same(quantize(x, kind, config=SMALL), *reference.REFERENCES[f"quantize_per_token_{kind}"](x))
+    assert_same(quantize(x, kind, config=SMALL), *quantize_per_token(x, kind))
     assert_same(quantize(x, kind, block=64, config=SMALL), *quantize_per_block(x, kind, 64))
 
 
 def test_named_casts_are_the_ops() -> None:
     x = values(3, 200)
-    for name in ("quantize_per_token_int8", "quantize_per_token_fp8"):
-        for found, wanted in zip(getattr(triton_cast, name)(x), reference.REFERENCES[name](x), strict=True):
+    kinds: tuple[ActivationKind, ...] = ("int8", "fp8")
+    for kind in kinds:
+        cast = getattr(triton_cast, f"quantize_per_token_{kind}")
+        for found, wanted in zip(cast(x), quantize_per_token(x, kind), strict=True):
             torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=0)
     codes, scale = triton_cast.quantize_per_block_fp8(x)
     assert codes.dtype == torch.float8_e4m3fn
@@ -95,9 +103,9 @@ def test_halfway_values_round_to_even(kind: ActivationKind) -> None:
     largest = INT8_MAX if kind == "int8" else FP8_MAX
     halves = torch.arange(-126.5, 127) if kind == "int8" else torch.arange(-447.0, 448) / 32
     x = torch.cat([halves, torch.tensor([largest])]).repeat(40, 1) * torch.linspace(0.01, 3, 40)[:, None]
-    x = torch.cat([x, torch.cat([halves, torch.tensor([largest])])[None]]).to(DEVICE)
-    codes, scale = reference.REFERENCES[f"quantize_per_token_{kind}"](x)
-    assert_same(quantize(x, kind), codes, scale)
+    x = torch.cat([x, torch.cat([halves, torch.tensor([largest])])[None]])
+    codes, scale = quantize_per_token(x, kind)
+    assert_same(quantize(x.to(DEVICE), kind), codes.to(DEVICE), scale.to(DEVICE))
     if kind == "int8":
         # Why the kernel divides: a reciprocal moves halfway values.
         assert ((x * scale.reciprocal()).round().to(torch.int8) != codes).any()
@@ -127,7 +135,7 @@ def test_a_row_that_is_not_finite_is_marked_and_touches_no_other(kind: Activatio
     x[4] = 0
     x[5] = 1e-30
     found = quantize(x, kind)
-    assert_same(found, *reference.REFERENCES[f"quantize_per_token_{kind}"](x))
+    assert_same(found, *quantize_per_token(x, kind))
     assert found.scale.isnan().flatten().tolist() == [True, False, True, True, False, False]
     assert found.scale[4].item() == pytest.approx(TINY_SCALE)
     assert_same(quantize(x, kind, block=128), *quantize_per_block(x, kind, 128))
@@ -139,13 +147,13 @@ def test_a_row_that_is_not_finite_is_marked_and_touches_no_other(kind: Activatio
 def test_fused_forms(kind: ActivationKind, config: Config | None, dtype: torch.dtype) -> None:
     x, residual = values(7, 520, dtype=dtype), values(7, 520, dtype=dtype, seed=1)
     weight = values(520, dtype=dtype, seed=2)
-    per_token = reference.REFERENCES[f"quantize_per_token_{kind}"]
-    assert_near(quantize(x, kind, norm_weight=weight, eps=1e-5, config=config), *per_token(rms_norm(x, weight, 1e-5)))
+    normed = quantize(x, kind, norm_weight=weight, eps=1e-5, config=config)
+    assert_near(normed, *quantize_per_token(rms_norm(x, weight, 1e-5), kind))
     added = quantize(x, kind, norm_weight=weight, residual=residual, eps=1e-5, block=128, config=config)
     assert added.residual is not None
     torch.testing.assert_close(added.residual, x + residual, rtol=0, atol=0)
     assert_near(added, *quantize_per_block(rms_norm(x + residual, weight, 1e-5), kind, 128))
-    assert_near(quantize(x, kind, silu=True, config=config), *per_token(silu_and_multiply(x)))
+    assert_near(quantize(x, kind, silu=True, config=config), *quantize_per_token(silu_and_multiply(x), kind))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -162,7 +170,7 @@ def test_group_sums_are_sums_of_codes(kind: ActivationKind) -> None:
 def test_strides_and_no_rows() -> None:
     x = values(8, 600)
     for view in (x[::2, 100:400], x.t(), x[:, ::3]):
-        assert_same(quantize(view, "int8"), *reference.quantize_per_token_int8(view))
+        assert_same(quantize(view, "int8"), *quantize_per_token(view, "int8"))
     empty = quantize(x[:0], "fp8", block=128, group_size=None)
     assert empty.codes.shape == (0, 600)
     assert empty.scale.shape == (0, 5)

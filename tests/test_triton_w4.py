@@ -218,5 +218,4 @@ def test_every_problem_has_candidates(family: object) -> None:
         for n, k in ((128, group), (4096, 4096), (73728, 12288)):
             found = family.fitting(Problem(m=m, n=n, k=k))
             assert 1 <= len(found) <= MOST_CANDIDATES
-            assert all(c.block_k <= max(group, 64) for c in found)
     assert family_of(torch.bfloat16, 256) is family_of(torch.bfloat16, 128)

@@ -15,7 +15,6 @@ from lowprec_kernels.triton_w8a8_forms import FAMILIES, FP8, FP8_BLOCK, INT8, tm
 from lowprec_kernels.tuning import MOST_CANDIDATES, Config, Problem, config_for
 
 POINTER = Config(block_m=32, block_n=64, block_k=64, stages=2, group_m=2, form="pointer")
-# Warps are specialised over two groups of 64 rows.
 TMA = Config(block_m=128, block_n=64, block_k=64, stages=2, group_m=2, form="tma")
 CONFIGS = {
     "pointer": POINTER,
@@ -23,9 +22,8 @@ CONFIGS = {
     "swap": Config(block_m=16, block_n=64, block_k=128, stages=2, form="swap"),
     "swap, split": Config(block_m=32, block_n=64, block_k=64, stages=2, split_k=4, form="swap"),
     "tma": TMA,
-    "tma-ws": dataclasses.replace(TMA, form="tma-ws"),
 }
-BY_POINTERS = [name for name in CONFIGS if not name.startswith("tma")]
+BY_POINTERS = [name for name in CONFIGS if name != "tma"]
 BLOCK_CONFIGS = {name: dataclasses.replace(config, block_k=SCALE_BLOCK) for name, config in CONFIGS.items()}
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 GEMMS: dict[str, Callable[..., Tensor]] = {"int8": w8a8_int8_gemm, "fp8": w8a8_fp8_gemm}
@@ -82,7 +80,7 @@ def assert_close(y: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 
 
 def skip_what_tma_cannot_store(name: str, n: int, k: int) -> None:
-    if name.startswith("tma") and (n * 2 % 16 or k % 16):
+    if name == "tma" and (n * 2 % 16 or k % 16):
         pytest.skip("the rows do not begin at multiples of 16 bytes")
 
 

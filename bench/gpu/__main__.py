@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ from lowprec_kernels import tuning
 DEFAULT_SECONDS = {COMPILE: 120.0, "ceilings": 30.0, "check": 90.0, "large": 30.0, "tune": 150.0, "compare": 120.0,
                    "decoder": 100.0}  # fmt: skip
 CHECK_PROCESSES = 8
-COMPILED = "compiled.json"
+# In `gpu.json`: facts or stages, a stage, its lists.
+WHOLE_DEPTH = 4
+# Items of these may build whole models, or wait for another package to tune itself.
+SLOW, SLOW_FACTOR = ("compare", "decoder"), 2
+# What later stages are told of earlier ones: variable -> file in the run's folder.
+FILES = {precompile.VARIABLE: "compiled.json", journal.VARIABLE: "poisoned.json"}
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -75,9 +80,48 @@ def facts(s: Setting) -> dict[str, Any]:
     }
     if s.smoke:
         return found | {"device": "cpu"}
+    return found | {"device": torch.cuda.get_device_name(), "driver": _driver(), "target": asdict(Target.here())}
+
+
+def _driver() -> str:
+    """The driver's version, as nvidia-smi tells it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return found | {"device": torch.cuda.get_device_name(), "driver": driver, "target": asdict(Target.here())}
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return "unknown: there is no nvidia-smi"
+
+
+def _without_variants(outcome: Outcome) -> Outcome:
+    """The stage that compiles, in one row."""
+    errors = sorted({error for row in outcome.rows for error in row["launchers"]})
+    seconds = round(sum(row["seconds"] for row in outcome.rows), 1)
+    row = {
+        "variants": len(outcome.rows),
+        "left_out": len(outcome.left_out),
+        "cpu_seconds": seconds,
+        "launchers": errors,
+    }
+    return replace(outcome, rows=[row], left_out=[])
+
+
+def written(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each row of results, and numbers of no more digits than they have meaning."""
+    if depth == WHOLE_DEPTH or not value or not isinstance(value, dict | list):
+        return json.dumps(_rounded(value))
+    indent = " " * (depth + 1)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(indent + json.dumps(_rounded(row)) for row in value) + "\n" + indent[1:] + "]"
+    parts = [f"{indent}{json.dumps(key)}: {written(part, depth + 1)}" for key, part in value.items()]
+    return "{\n" + ",\n".join(parts) + "\n" + indent[1:] + "}" + ("" if depth else "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
 
 
 class Results:
@@ -90,30 +134,34 @@ class Results:
 
     def put(self, stage: str, outcome: Outcome) -> None:
         """Writes the file anew, whole or not at all."""
-        self.content["stages"][stage] = asdict(outcome)
+        about = {"device": self.content["device"], "date": self.content["date"]}
+        found = outcome if stage != COMPILE else _without_variants(outcome)
+        self.content["stages"][stage] = about | asdict(found)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(written(self.content))
         partial.replace(self.path)
 
 
-def environment(s: Setting, stage: str, tables: Path, compiled: Path) -> dict[str, str]:
-    """What a worker is started with."""
+def environment(s: Setting, stage: str, tables: Path, folder: Path, hidden: bool) -> dict[str, str]:
+    """What a worker is started with; `hidden`: without seeing the device."""
     found = {**os.environ, tuning.VARIABLE: str(tables)}
-    if compiled.exists():
-        found[precompile.VARIABLE] = str(compiled)
+    for variable, name in FILES.items():
+        if (folder / name).exists():
+            found[variable] = str(folder / name)
     if s.smoke:
         found["TRITON_INTERPRET"] = "1"
     if stage == COMPILE:
-        # A worker that compiles needs no context on the device; it is told what the device is.
-        found |= {"CUDA_VISIBLE_DEVICES": "", TARGET_VARIABLE: Target.here().described()}
+        found[TARGET_VARIABLE] = Target.here().described()
+        found |= {"CUDA_VISIBLE_DEVICES": ""} if hidden else {}
     return found
 
 
-def run_stage(stage: str, stages: list[str], s: Setting, seconds: float, folder: Path, results: Results) -> Outcome:
+def run_stage(
+    stage: str, stages: list[str], s: Setting, seconds: float, folder: Path, results: Results, *, hidden: bool = True
+) -> Outcome:
     """One stage, in its processes."""
     shards = {COMPILE: s.workers, "check": 1 if s.smoke else CHECK_PROCESSES}.get(stage, 1)
-    journals = folder / stage
-    journals.mkdir()
+    journals = Path(tempfile.mkdtemp(dir=folder))
     deadline = time.time() + seconds
 
     def command(path: Path, shard: int) -> list[str]:
@@ -126,10 +174,19 @@ def run_stage(stage: str, stages: list[str], s: Setting, seconds: float, folder:
         journals,
         shards=shards,
         seconds=seconds,
-        stall_seconds=s.stall_seconds,
-        environment=environment(s, stage, results.path.parent / "tuned", folder / COMPILED),
+        stall_seconds=s.stall_seconds * (SLOW_FACTOR if stage in SLOW else 1),
+        environment=environment(s, stage, results.path.parent / "tuned", folder, hidden),
         report=lambda outcome: results.put(stage, outcome),
     )
+
+
+def told(folder: Path, stage: str, outcome: Outcome) -> None:
+    """Writes what later stages have to know."""
+    if stage == COMPILE:
+        (folder / FILES[precompile.VARIABLE]).write_text(json.dumps([row["variant"] for row in outcome.rows]))
+    path = folder / FILES[journal.VARIABLE]
+    before = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps(sorted({*before, *(line["note"] for line in outcome.crashes if line["note"])})))
 
 
 def with_tables(out: Path) -> None:
@@ -154,14 +211,16 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for stage in [*compiled, *stages]:
             outcome = run_stage(stage, stages, s, seconds[stage], Path(folder), results)
-            if stage == COMPILE:
-                (Path(folder) / COMPILED).write_text(json.dumps([row["variant"] for row in outcome.rows]))
+            if stage == COMPILE and outcome.failed and not outcome.rows:
+                # Without a visible device nothing could be compiled: once more with it.
+                outcome = run_stage(stage, stages, s, seconds[stage], Path(folder), results, hidden=False)
+            told(Path(folder), stage, outcome)
             counts = f"{len(outcome.rows)} rows, {len(outcome.failed)} failed, {len(outcome.left_out)} left out"
             print(f"== {stage}: {outcome.seconds:.0f} s, {counts}", flush=True)
-    text = summary(results.content)
+    text = summary(results.content, [*compiled, *stages])
     (out / ("smoke.txt" if s.smoke else "gpu.txt")).write_text(text)
     print(text)
-    return int(any(outcome["failed"] for outcome in results.content["stages"].values()))
+    return int(any(results.content["stages"][stage]["failed"] for stage in stages))
 
 
 if __name__ == "__main__":

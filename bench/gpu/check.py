@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import candidates
-from bench.gpu.candidates import CASTS, OPS, PLAIN_CASTS, Case, Op
+from bench.gpu.candidates import CASTS, OPS, PLAIN_CASTS, Case, Op, config_label
 from bench.gpu.journal import Item, Notes, Row
 from bench.gpu.precompile import Call
 from bench.gpu.setting import Setting
@@ -23,9 +23,8 @@ from lowprec_kernels.tuning import Config
 ROUNDING = {torch.bfloat16: 1.0, torch.float16: 0.5, torch.float32: 0.5}
 CANDIDATE_ROWS = (1, 16, 64, 256)
 # n, k with more than 2^31 weights and ragged rows; and few columns with more than 2^31 results.
-LARGE_WEIGHT = {"int4": (131200, 33024), "other": (65536, 33000)}
+LARGE_WEIGHT = {"grouped": (131200, 33024), "other": (65536, 33000)}
 LARGE_RESULT = Case(m=32768, n=66000, k=128)
-LARGE_BYTES = 40 << 30
 TAIL = 256
 POISONED_BLOCKS = 3
 
@@ -94,9 +93,11 @@ def _exact(op: Op, case: Case, setting: Setting) -> list[Row]:
 def _every_candidate(op: Op, case: Case, setting: Setting, notes: Notes) -> list[Row]:
     rows: list[Row] = []
     for config in op.family().fitting(op.problem(case)):
-        note = f"{op.name} {config}"
-        if note in notes.poisoned:
-            rows += _judged(op, case, float("inf"), op.tolerance, what="candidate", config=str(config), why="crashed")
+        note = f"{op.name} {config_label(config)}"
+        if candidates.poisoned(note, config, notes.poisoned):
+            rows += _judged(
+                op, case, float("inf"), op.tolerance, what="candidate", config=config_label(config), why="crashed"
+            )
             continue
         notes.note(note)
         try:
@@ -105,7 +106,7 @@ def _every_candidate(op: Op, case: Case, setting: Setting, notes: Notes) -> list
             if setting.device == "cuda":
                 torch.cuda.synchronize()
             error, why = float("inf"), f"{type(raised).__name__}: {raised}"[:300]
-        rows += _judged(op, case, error, op.tolerance, what="candidate", config=str(config), why=why)
+        rows += _judged(op, case, error, op.tolerance, what="candidate", config=config_label(config), why=why)
     return rows
 
 
@@ -124,8 +125,8 @@ def _graph(op: Op, case: Case, setting: Setting) -> list[Row]:
     torch.cuda.synchronize()
     eager = candidates.launch(op, inputs, weight, None, setting.dtype)
     equal = torch.equal(y, eager)
-    error = distance(y, candidates.truth(op, inputs, weight, None))
-    return [{"op": op.name, "case": str(case), "what": "graph", "error": error, "ok": equal and error <= op.tolerance}]
+    (row,) = _judged(op, case, distance(y, candidates.truth(op, inputs, weight, None)), op.tolerance, what="graph")
+    return [row | {"ok": row["ok"] and equal, "equal": equal}]
 
 
 def _large(op: Op, case: Case, setting: Setting) -> list[Row]:
@@ -230,11 +231,11 @@ def large_items(setting: Setting) -> Iterator[Item]:
     for op in OPS:
         if setting.smoke or op.experts or op.missing() is not None:
             continue
-        n, k = LARGE_WEIGHT["int4" if op.weight.startswith("int4") else "other"]
+        n, k = LARGE_WEIGHT["grouped" if op.group else "other"]
         k = k // op.group * op.group if op.group else k
         case = Case(m=16, n=n, k=k)
         yield Item(key=f"{op.name} large weight", run=lambda notes, o=op, c=case: _large(o, c, setting))
-        if op.name in ("w8a8-int8", "w4a16-g128"):
+        if op.main:
             yield Item(key=f"{op.name} large result", run=lambda notes, o=op: _large(o, LARGE_RESULT, setting))
 
 

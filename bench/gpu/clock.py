@@ -37,11 +37,13 @@ class Graph:
 
     def __init__(self, launch: Launch, count: int, copies: int) -> None:
         self.count = count
-        self._graph = captured(lambda: self._launch_all(launch, copies))
+        # What was launched holds the inputs, which are read at every replay.
+        self._launch = launch
+        self._graph = captured(lambda: self._launch_all(copies))
 
-    def _launch_all(self, launch: Launch, copies: int) -> None:
+    def _launch_all(self, copies: int) -> None:
         for i in range(self.count):
-            launch(i % copies)
+            self._launch(i % copies)
 
     def replay(self) -> None:
         """Runs it on the current stream."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu import candidates, peers
+from bench.gpu import candidates
 from bench.gpu.candidates import CASTS, OPS, Case, Op
-from bench.gpu.clock import Clock, Graph, Launch
-from bench.gpu.journal import Item, Row, described
+from bench.gpu.clock import Clock, Graph, Launch, copies_for
+from bench.gpu.journal import Item, Notes, Row, described
 from bench.gpu.peers import BASELINE, PEERS, Peer
 from bench.gpu.precompile import Call
 from bench.gpu.setting import Setting, Shape
@@ -84,17 +84,22 @@ class Bench:
     def cast_form(self, kind: str, case: Case) -> Form:
         """A kernel that quantises activations [m, k]; its bytes are read and written once."""
         each = case.m * case.k * 2
-        copies = peers.copies_for(each, self.setting.rotate_bytes) if case.m > 64 else 1
+        copies = copies_for(each, self.setting.rotate_bytes) if case.m > 64 else 1
         xs = [torch.randn(case.m, case.k, device=self.setting.device, dtype=self.setting.dtype) for _ in range(copies)]
         cast = candidates.fast_cast(kind)
         return Form(name=f"cast-{kind}", launch=lambda copy: cast(xs[copy]), copies=copies, weight_bytes=0.0, rate="")
 
-    def timed(self, case: Case, forms: Iterable[Form]) -> tuple[dict[str, Timing], dict[str, str]]:
+    def timed(self, case: Case, forms: Iterable[Form], notes: Notes) -> tuple[dict[str, Timing], dict[str, str]]:
         """Timings of the forms that run, errors of the others."""
         graphs: dict[str, Graph] = {}
         timings: dict[str, Timing] = {}
         errors: dict[str, str] = {}
         for form in forms:
+            note = f"{form.name} at {case}"
+            if note in notes.poisoned:
+                errors[form.name] = "crashed"
+                continue
+            notes.note(note)
             try:
                 graph = self.clock.prepared(form.launch, form.copies)
                 if graph is None:
@@ -109,9 +114,9 @@ class Bench:
             timings |= self.clock.replayed(graphs, self.setting.sample_ms)
         return timings, errors
 
-    def compared(self, shape: str, case: Case, forms: list[Form], errors: dict[str, str]) -> list[Row]:
+    def compared(self, shape: str, case: Case, forms: list[Form], errors: dict[str, str], notes: Notes) -> list[Row]:
         """A row for each form, with its ratio to the baseline where that is among them."""
-        timings, failed = self.timed(case, forms)
+        timings, failed = self.timed(case, forms, notes)
         base = timings.get(BASELINE.name)
         rows = [
             _row(shape, case, form, timings[form.name], base.p50_us / timings[form.name].p50_us if base else None)
@@ -173,15 +178,17 @@ def _forms(bench: Bench, case: Case, ops: Iterable[Op], others: Iterable[Peer]) 
     return forms, errors
 
 
-def _compare(bench: Bench, shape: str, case: Case, ops: Iterable[Op], others: Iterable[Peer]) -> list[Row]:
+def _compare(
+    bench: Bench, shape: str, case: Case, ops: Iterable[Op], others: Iterable[Peer], notes: Notes
+) -> list[Row]:
     with torch.inference_mode():
         forms, errors = _forms(bench, case, ops, others)
-        return bench.compared(shape, case, forms, errors)
+        return bench.compared(shape, case, forms, errors, notes)
 
 
-def _compare_casts(bench: Bench, case: Case) -> list[Row]:
+def _compare_casts(bench: Bench, case: Case, notes: Notes) -> list[Row]:
     with torch.inference_mode():
-        return bench.compared("cast", case, [bench.cast_form(kind, case) for kind in CASTS], {})
+        return bench.compared("cast", case, [bench.cast_form(kind, case) for kind in CASTS], {}, notes)
 
 
 def dense_ops() -> list[Op]:
@@ -245,16 +252,17 @@ def items(setting: Setting) -> list[Item]:
     dense = [
         Item(
             key=f"{shape.name} {case}",
-            run=lambda notes, s=shape, c=case: _compare(bench, s.name, c, ops_for(s, setting), together),
+            run=lambda notes, s=shape, c=case: _compare(bench, s.name, c, ops_for(s, setting), together, notes),
         )
         for shape, case in dense_cases(setting)
     ]
     casts = [
-        Item(key=f"cast {case}", run=lambda notes, c=case: _compare_casts(bench, c)) for case in cast_cases(setting)
+        Item(key=f"cast {case}", run=lambda notes, c=case: _compare_casts(bench, c, notes))
+        for case in cast_cases(setting)
     ]
     experts = [op for op in OPS if op.experts]
     moe = [
-        Item(key=f"{name} {case}", run=lambda notes, s=name, c=case: _compare(bench, s, c, experts, ()))
+        Item(key=f"{name} {case}", run=lambda notes, s=name, c=case: _compare(bench, s, c, experts, (), notes))
         for name, case in moe_cases(setting).items()
     ]
     first = len(setting.compare_shapes) * 2
@@ -268,7 +276,7 @@ def apart_items(bench: Bench, setting: Setting) -> list[Item]:
         Item(
             key=f"{peer.name} {shape.name} {m}",
             run=lambda notes, p=peer, s=shape, m=m: _compare(
-                bench, s.name, Case(m=m, n=s.n, k=s.k), ours, (BASELINE, p)
+                bench, s.name, Case(m=m, n=s.n, k=s.k), ours, (BASELINE, p), notes
             ),
         )
         for peer in PEERS

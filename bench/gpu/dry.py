@@ -129,10 +129,12 @@ def dry(target: Target) -> Iterator[list[Any]]:
                 setattr(owner, name, value)
 
 
-def build_launcher(kernel: Any) -> None:
-    """The C module that launches `kernel`, where there is a CUDA driver to link it with."""
-    from triton.backends.nvidia.driver import CudaLauncher, libcuda_dirs
+def build_launcher(kernel: Any) -> str | None:
+    """Builds the C module that launches `kernel`; why it could not, where it could not (no CUDA driver to link)."""
+    from triton.backends.nvidia.driver import CudaLauncher
 
-    with contextlib.suppress(AssertionError):
-        libcuda_dirs()
+    try:
         CudaLauncher(kernel.src, kernel.metadata)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -5,13 +5,14 @@
                                        note    key, note        which part of it (a configuration)
                                        done    key, rows        its results
                                        fail    key, error       it raised; the process goes on
-                                       crash   key, note, error written by the supervisor: the process died or hung
+                                       crash   key, note, error the process died, hung, or lost its device
 
 A kernel that faults takes the CUDA context of its process with it, and one that hangs never gives it back. So the
 supervisor ends a worker that begins nothing new for `stall_seconds` and starts another one, which reads the journal and
 skips what is finished; a note that a worker died on is not tried again, an item without notes has failed.
 """
 
+import functools
 import json
 import os
 import signal
@@ -28,6 +29,10 @@ import torch
 Row = dict[str, Any]
 MOST_CRASHES = 4
 POLL_SECONDS = 0.2
+# Importing PyTorch from a cold disk, many times at once.
+STARTUP_SECONDS = 90.0
+# Names a file with notes that workers of earlier stages died on, a JSON list.
+VARIABLE = "LOWPREC_BENCH_POISONED"
 BROKEN_CONTEXT = 3
 LONGEST_ERROR = 400
 
@@ -92,6 +97,12 @@ class Journal:
         return [key for key in self.plan if key not in self.rows and key not in self.failed]
 
 
+@functools.cache
+def _poisoned_before() -> set[str]:
+    path = os.environ.get(VARIABLE)
+    return set() if path is None else set(json.loads(Path(path).read_text()))
+
+
 @dataclass(frozen=True, slots=True)
 class Notes:
     """What an item tells the journal while it runs: `note` before a risky part; `poisoned` are parts to leave out."""
@@ -105,8 +116,8 @@ class Notes:
 
     @property
     def poisoned(self) -> set[str]:
-        """Notes that a worker before this one died on."""
-        return self.journal.poisoned
+        """Notes that a worker before this one died on, in this stage or an earlier one."""
+        return self.journal.poisoned | _poisoned_before()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +156,14 @@ def work(items: Sequence[Item], path: Path, deadline: float) -> None:
         try:
             rows = item.run(Notes(journal, item.key))
         except Exception as error:
-            journal.write("fail", key=item.key, error=described(error))
-            if not _context_works():
-                sys.stdout.flush()
-                os._exit(BROKEN_CONTEXT)
+            if _context_works():
+                journal.write("fail", key=item.key, error=described(error))
+                continue
+            journal.refresh()
+            _, note = journal.current or ("", "")
+            journal.write("crash", key=item.key, note=note, error=described(error))
+            sys.stdout.flush()
+            os._exit(BROKEN_CONTEXT)
         else:
             journal.write("done", key=item.key, rows=rows)
 
@@ -191,14 +206,15 @@ class _Worker:
             # A worker that noticed itself that its context is broken has written why.
             if code != BROKEN_CONTEXT:
                 self._record(f"the process ended with {code}")
-        elif time.time() > self.heard + stall_seconds:
-            self.kill(f"nothing new for {stall_seconds:.0f} s")
+        elif time.time() > self.heard + (stall_seconds if self.journal.plan else STARTUP_SECONDS):
+            self.kill(f"nothing new for {time.time() - self.heard:.0f} s")
         elif time.time() > deadline + stall_seconds:
             self.kill("the stage's time was over")
             return False
         else:
             return True
-        if time.time() >= deadline or len(self.journal.crashes) >= 10 * MOST_CRASHES:
+        before_plan = sum(not line["key"] for line in self.journal.crashes) >= MOST_CRASHES
+        if time.time() >= deadline or before_plan:
             return False
         self.start()
         return True

@@ -131,7 +131,7 @@ def _gemlite(n: int, k: int, copies: int, setting: Setting) -> Callable[[Tensor]
     for _ in range(copies):
         codes = torch.randint(0, 16, (n, k), device=setting.device, dtype=torch.uint8)
         scale = torch.rand(n * k // GROUP, 1, device=setting.device, dtype=half) / 64
-        layers.append(maker.from_weights_(codes, scale, torch.full_like(scale, 8), 4, GROUP))
+        layers.append(maker.from_weights(codes, scale, torch.full_like(scale, 8)))
 
     def bound(x: Tensor) -> Launch:
         narrow = x.to(half)

@@ -39,6 +39,10 @@ class Call:
         """Equal for calls that compile the same, as far as sizes tell."""
         case, config = self.case, self.config
         sizes: list[object] = [case.experts, case.m == 1, case.m % 16 == 0, case.n % 16 == 0, case.k % 16 == 0]
+        # The stride of scales is the number of groups, or of blocks.
+        op = BY_NAME.get(self.op)
+        group = 0 if op is None else op.group or (candidates.BLOCK if op.weight == "fp8-block" else 0)
+        sizes.append(group > 0 and case.k // group % 16 == 0)
         sizes += [case.m, case.n, case.k] if config is None else [case.k % config.block_k == 0]
         return (self.op, self.dtype, self.bias, config, *sizes)
 
@@ -74,10 +78,10 @@ def _run(call: Call, setting: Setting) -> list[Row]:
     with dry(Target.asked()) as compiled:
         launch_dry(call, setting)
     kernels = [kernel for kernel in compiled if kernel is not None]
-    for kernel in kernels:
-        build_launcher(kernel)
+    launchers = [build_launcher(kernel) for kernel in kernels]
     shared = max((kernel.metadata.shared for kernel in kernels), default=0)
     row: Row = {"variant": str(call.variant()), "seconds": round(time.perf_counter() - start, 2), "shared": shared}
+    row["launchers"] = [error for error in launchers if error is not None]
     limit = Target.asked().shared_memory_per_block_optin
     if shared > limit:
         raise RuntimeError(f"{shared} bytes of shared memory, a block has {limit}")

@@ -1,5 +1,6 @@
 """The results as text: what failed, and the figures that matter, for the end of the output."""
 
+from collections.abc import Iterable
 from typing import Any
 
 Stage = dict[str, Any]
@@ -7,17 +8,44 @@ MOST_LINES = 40
 HEADLINE_ROWS = (1, 16, 64, 4096)
 
 
-def summary(content: dict[str, Any]) -> str:
-    """All stages, briefly."""
+def summary(content: dict[str, Any], stages: Iterable[str]) -> str:
+    """The stages of these names, briefly."""
     lines = [f"{content['device']}, {content['versions']}, {content['date']}"]
-    writers = {"ceilings": _ceilings, "check": _check, "large": _check, "tune": _tune, "compare": _compare,
-               "decoder": _decoder}  # fmt: skip
-    for name, stage in content["stages"].items():
+    writers = {
+        "compile": _compile,
+        "ceilings": _ceilings,
+        "check": _check,
+        "large": _check,
+        "tune": _tune,
+        "compare": _compare,
+        "decoder": _decoder,
+    }
+    for name in stages:
+        stage = content["stages"][name]
         lines.append(f"-- {name}: {stage['seconds']} s, {len(stage['left_out'])} left out")
         lines += writers[name](stage["rows"])[:MOST_LINES] if name in writers else []
-        lines += [f"   FAILED {f['key'][:120]}: {f['error'][:160]}" for f in stage["failed"][:MOST_LINES]]
+        lines += _failures(stage["failed"])[:MOST_LINES]
         lines += [f"   CRASH {c['key']} {c['note'][:160]}: {c['error']}" for c in stage["crashes"][:10]]
     return "\n".join(lines) + "\n"
+
+
+def _failures(failed: list[Stage]) -> list[str]:
+    """A line for each error, with the first thing that it happened to."""
+    keys: dict[str, list[str]] = {}
+    for row in failed:
+        keys.setdefault(row["error"], []).append(row["key"])
+    return [
+        f"   FAILED {here[0][:100]}{f' and {len(here) - 1} more' if here[1:] else ''}: {error[:200]}"
+        for error, here in keys.items()
+    ]
+
+
+def _compile(rows: list[Stage]) -> list[str]:
+    lines = []
+    for r in rows:
+        cost = f"{r['variants']} variants in {r['cpu_seconds']} s of processors, {r['left_out']} left out"
+        lines += [f"   {cost}", *(f"   LAUNCHER {error}"[:200] for error in r["launchers"][:1])]
+    return lines
 
 
 def _ceilings(rows: list[Stage]) -> list[str]:

@@ -41,15 +41,19 @@ def pack_int4(codes: Tensor) -> Tensor:
         raise ValueError(f"pack_int4 needs codes in [-8, 7], these lie in [{int(codes.min())}, {int(codes.max())}]")
     k = codes.shape[-1]
     filled = torch.nn.functional.pad(codes, (0, words_for(k) * CODES_PER_WORD - k))
-    nibbles = (filled + INT4_OFFSET).view(torch.uint8).unflatten(-1, (-1, 2, PLANE))
+    nibbles = (
+        (filled + INT4_OFFSET).view(torch.uint8).reshape(*codes.shape[:-1], words_for(k) // WORDS_PER_CHUNK, 2, PLANE)
+    )
     # Bytes are put together as bytes, so that the order within a word is the machine's own (little-endian).
-    return (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2).contiguous().view(torch.int32)
+    packed: Tensor = nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)
+    return packed.flatten(-2).contiguous().view(torch.int32)
 
 
 def unpack_nibbles(words: Tensor, k: int) -> Tensor:
     """Words [..., words_for(k)] int32 -> nibbles [..., k] uint8 in [0, 15], that is code + 8."""
-    bytes_ = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 1, PLANE))
-    return torch.cat((bytes_ & 15, bytes_ >> 4), dim=-2).flatten(-3)[..., :k]
+    stored = words.contiguous().view(torch.uint8)
+    planes = stored.reshape(*words.shape[:-1], words_for(k) // WORDS_PER_CHUNK, 1, PLANE)
+    return torch.cat((planes & 15, planes >> 4), dim=-2).flatten(-3)[..., :k]
 
 
 def unpack_int4(words: Tensor, k: int) -> Tensor:

@@ -29,7 +29,9 @@ TINY_SCALE = 1e-12
 
 def per_token_scale(x: Tensor, largest: float) -> Tensor:
     """x [M, K] -> [M, 1] float32: max |x| / `largest`, at least 1e-12; NaN where the row is not finite."""
-    scale = (x.to(torch.float32).abs().amax(-1, keepdim=True) / largest).clamp_min(TINY_SCALE)
+    amax = x.to(torch.float32).abs().amax(-1, keepdim=True)
+    # A GPU divides by a number by multiplying with its reciprocal, and truly by a tensor.
+    scale = (amax / torch.full_like(amax, largest)).clamp_min(TINY_SCALE)
     return torch.where(scale.isfinite(), scale, torch.nan)
 
 

@@ -86,8 +86,8 @@ _FP8 = tl.constexpr("""{
 
 
 @triton.jit
-def _fragment(c0, c1, c2, c3):
-    """Four columns of each word, [ROWS, 8 CHUNKS] each -> a plane [ROWS, 32 CHUNKS] in the order of a matrix fragment.
+def _plane(c0, c1, c2, c3, PERMUTED: tl.constexpr):
+    """Four columns of each word, [ROWS, 8 CHUNKS] each -> a plane [ROWS, 32 CHUNKS], in order or as in a fragment.
 
     Of 16 columns a lane of the matrix instruction holds 2 l, 2 l + 1, 2 l + 8 and 2 l + 9. Here it gets the columns of
     a word instead, and of eight words two neighbours: column 8 l + 4 b + 2 h + i goes to place 16 b + 8 h + 2 l + i.
@@ -95,8 +95,9 @@ def _fragment(c0, c1, c2, c3):
     ROWS: tl.constexpr = c0.shape[0]
     CHUNKS: tl.constexpr = c0.shape[1] // 8
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    words = tl.reshape(words, (ROWS, CHUNKS, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(words, (0, 1, 3, 4, 2, 5)), (ROWS, CHUNKS * 32))
+    if PERMUTED:
+        words = tl.permute(tl.reshape(words, (ROWS, CHUNKS, 4, 2, 2, 2)), (0, 1, 3, 4, 2, 5))
+    return tl.reshape(words, (ROWS, CHUNKS * 32))
 
 
 @triton.jit
@@ -107,8 +108,8 @@ def fragment_columns(COUNT: tl.constexpr):
 
 
 @triton.jit
-def nibbles_as_float(words, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """Words [ROWS, 8 CHUNKS] int32 -> codes in [-8, 7] as bfloat16 or float16, columns as in `fragment_columns`."""
+def nibbles_as_float(words, DTYPE: tl.constexpr, FAST: tl.constexpr, PERMUTED: tl.constexpr = True):
+    """Words [ROWS, 8 CHUNKS] int32 -> codes in [-8, 7] as bfloat16 or float16, permuted as in `fragment_columns`."""
     if FAST and DTYPE == tl.bfloat16:
         c0, c1, c2, c3, d0, d1, d2, d3 = tl.inline_asm_elementwise(
             _BF16,
@@ -141,7 +142,7 @@ def nibbles_as_float(words, DTYPE: tl.constexpr, FAST: tl.constexpr):
         c1, d1 = ((words >> 8 & 0xF) - 8).to(DTYPE), ((words >> 12 & 0xF) - 8).to(DTYPE)
         c2, d2 = ((words >> 16 & 0xF) - 8).to(DTYPE), ((words >> 20 & 0xF) - 8).to(DTYPE)
         c3, d3 = ((words >> 24 & 0xF) - 8).to(DTYPE), ((words >> 28 & 0xF) - 8).to(DTYPE)
-    return _fragment(c0, c1, c2, c3), _fragment(d0, d1, d2, d3)
+    return _plane(c0, c1, c2, c3, PERMUTED), _plane(d0, d1, d2, d3, PERMUTED)
 
 
 @triton.jit

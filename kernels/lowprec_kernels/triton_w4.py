@@ -26,13 +26,16 @@ Sources: Marlin (arXiv 2408.11743) for few rows; DeepSeek-V3 (arXiv 2412.19437, 
 are promoted to float32; GPTQ kernels at large and Marlin for scaled weights.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from lowprec_kernels.packing import CHUNK, PLANE
 from lowprec_kernels.triton_common import on_device, on_nvidia, split_buffers
-from lowprec_kernels.triton_w4_kernels import dequantize_kernel, sums_kernel, w4_kernel
+from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, dequantize_kernel, sums_kernel, w4_kernel
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 
@@ -52,22 +55,14 @@ def dequantize(w_packed: Tensor, w_scale: Tensor, group_size: int, w_zero: Tenso
     """[N, words] int32, [N, K/G], [N, K/G] int8 or None -> [N, K] `dtype`: codes times scales, rounded once."""
     n, k = w_packed.shape[0], w_scale.shape[1] * group_size
     out = torch.empty(n, k, dtype=dtype, device=w_packed.device)
-    block_n, block_k = 16, 512
-    grid = triton.cdiv(n, block_n), triton.cdiv(w_packed.shape[1] * 8, block_k)
+    w_packed, w_zero = w_packed.contiguous(), None if w_zero is None else _like(w_zero, w_scale)
+    block_n, chunks = 32, 4
+    grid = triton.cdiv(n, block_n), triton.cdiv(triton.cdiv(k, CHUNK), chunks)
     with on_device(w_packed):
         dequantize_kernel[grid](
-            w_packed.view(torch.uint8),
-            w_scale,
-            w_zero,
-            out,
-            n,
-            k,
-            w_packed.shape[1] * 4,
-            w_scale.shape[1],
-            group_size,
-            block_n,
-            block_k,
-        )
+            w_packed, w_scale, w_zero, out, n, k, w_packed.stride(0), *w_scale.stride(),
+            GROUP=group_size, BLOCK_N=block_n, CHUNKS=chunks, FAST=on_nvidia(w_packed),
+        )  # fmt: skip
     return out
 
 
@@ -81,9 +76,13 @@ def in_fragment_order(x: Tensor) -> Tensor:
     return x.reshape(m, -1, PLANE // 8, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(m, -1)
 
 
+HOPPER = 9
+WARPGROUP = 4
 # Splits of K that are compiled for: each is a variant of its own.
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# From so many rows in a tile on, x is permuted in memory instead of while it is read.
 LONG_M = 64
+READ_PERMUTED = "read"
 
 
 def _splits(n: int, k: int, block_n: int, block_k: int, blocks: int) -> int:
@@ -98,49 +97,76 @@ def _step(group_size: int) -> int:
     return 128 if group_size % 128 == 0 else CHUNK
 
 
-# (block_n, warps, stages, blocks aimed at) for few rows; (block_n, warps, stages) for more.
-_FEW = (
-    (128, 4, 4, 528), (128, 4, 5, 396), (128, 4, 6, 264), (128, 4, 4, 792), (128, 4, 3, 528), (64, 4, 5, 792),
-    (64, 4, 6, 528), (64, 4, 4, 1056), (128, 8, 4, 396), (128, 8, 6, 264), (256, 8, 4, 264), (256, 8, 5, 132),
-    (256, 8, 3, 396), (256, 8, 6, 132),
+# For few rows: (block_n, warps, stages, blocks aimed at). With fewer than four warps the matrix instructions are those
+# of a warp, which take 16 x 8 of a tile at a time; Hopper's own take 64 rows of weights and, with few rows of x, wait
+# for their operands in registers.
+_FEW_16_BIT = (
+    (64, 2, 4, 1056), (64, 2, 5, 792), (64, 2, 6, 528), (64, 2, 4, 528), (128, 2, 4, 528), (128, 2, 5, 396),
+    (64, 1, 4, 1056), (64, 1, 6, 528), (32, 1, 4, 1056), (32, 1, 6, 1056), (32, 1, 5, 2112),
+    (128, 4, 5, 396), (256, 8, 5, 132),
 )  # fmt: skip
+_FEW_8_BIT = (
+    (128, 4, 5, 396), (128, 4, 6, 264), (128, 4, 4, 528), (128, 4, 3, 528), (256, 8, 5, 132), (256, 8, 4, 264),
+)  # fmt: skip
+# INT8 has matrix instructions of a warp; e4m3 would become fp16 with them on sm_90.
+_FEW_INT8 = (*_FEW_8_BIT, (64, 2, 4, 1056), (64, 2, 5, 792), (64, 2, 6, 528), (128, 2, 4, 528), (64, 1, 5, 792))
 
 
-def _few_rows(problem: Problem, step: int) -> list[Config]:
-    rows = 16 if problem.m <= 16 else 32
-    found = [
-        Config(
-            block_m=rows, block_n=block_n, block_k=step, warps=warps, stages=stages, group_m=1,
-            split_k=_splits(problem.n, problem.k, block_n, step, blocks),
+def _few_rows(problem: Problem, step: int, tiles: tuple[tuple[int, int, int, int], ...]) -> list[Config]:
+    """Up to 32 rows in one tile of rows, K split."""
+    found = []
+    for number, (block_n, warps, stages, blocks) in enumerate(tiles):
+        # Instructions of a warpgroup have 16 rows of x at least where they are used at all.
+        rows = next(r for r in (8 if warps < WARPGROUP else 16, 16, 32) if problem.m <= r or r == 32)
+        if rows == 32 and warps < WARPGROUP and block_n > 32 * warps:
+            # It spills.
+            continue
+        # Two steps to a trip of the loop halve what the loop itself costs, which short steps need.
+        block_k = 128 if step < 128 else 256 if number % 4 == 3 else 128
+        split = _splits(problem.n, problem.k, block_n, block_k, blocks)
+        found.append(
+            Config(block_m=rows, block_n=block_n, block_k=block_k, warps=warps, stages=stages, split_k=split, group_m=1)
         )
-        for block_n, warps, stages, blocks in _FEW
-    ]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
-def _middle(problem: Problem, step: int) -> list[Config]:
+def _middle(problem: Problem, step: int, *, float_x: bool) -> list[Config]:
     """Up to a few hundred rows: exact sums of groups, K split where tiles alone do not fill a device."""
     found = []
-    for block_m, block_n, warps, stages in (
-        (64, 128, 8, 4), (64, 128, 4, 3), (64, 256, 8, 3), (128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 4, 3),
+    for block_m, block_n, warps, stages, blocks in (
+        (64, 128, 4, 3, 264), (64, 128, 8, 4, 132), (64, 64, 4, 4, 264), (64, 256, 8, 3, 132), (128, 128, 8, 3, 132),
+        (64, 128, 4, 4, 132), (64, 64, 4, 5, 396), (128, 64, 4, 3, 264),
     ):  # fmt: skip
         rows = triton.cdiv(problem.m, block_m)
-        for blocks in (132, 264):
-            split = _splits(problem.n * rows, problem.k, block_n, step, blocks)
-            found.append(
-                Config(block_m=block_m, block_n=block_n, block_k=step, warps=warps, stages=stages, split_k=split)
-            )
+        split = _splits(problem.n * rows, problem.k, block_n, step, blocks)
+        config = Config(block_m=block_m, block_n=block_n, block_k=step, warps=warps, stages=stages, split_k=split)
+        found.append(config)
+        if float_x and (block_m, block_n, warps) == (LONG_M, 128, 8):
+            found.append(replace(config, form=READ_PERMUTED))
     return list(dict.fromkeys(found))
 
 
 def _many_rows(problem: Problem) -> list[Config]:
     """Scaled weights and one sum: the largest tiles."""
-    return [
-        Config(block_m=bm, block_n=bn, block_k=CHUNK, warps=warps, stages=stages, form="scaled")
-        for bm, bn, warps, stages in (
-            (128, 128, 8, 4), (256, 128, 8, 4), (256, 128, 8, 3), (128, 256, 8, 4), (128, 256, 8, 3), (128, 128, 4, 3),
+    found = []
+    for block_m, block_n, warps, stages in (
+        (128, 128, 8, 4), (256, 128, 8, 4), (128, 256, 8, 4), (64, 128, 4, 4), (64, 256, 8, 4), (64, 64, 4, 5),
+    ):  # fmt: skip
+        split = _splits(problem.n * triton.cdiv(problem.m, block_m), problem.k, block_n, CHUNK, 264)
+        # The end of a split needs registers that the largest tiles do not leave.
+        split = 1 if block_m * block_n > 128 * 128 else min(split, 4)
+        found.append(
+            Config(
+                block_m=block_m,
+                block_n=block_n,
+                block_k=CHUNK,
+                warps=warps,
+                stages=stages,
+                split_k=split,
+                form="scaled",
+            )
         )
-    ]  # fmt: skip
+    return found
 
 
 _DEQUANTIZE = Config(block_m=128, block_n=128, block_k=CHUNK, form="dequantize")
@@ -150,16 +176,18 @@ def family(name: str, group_size: int, bytes_x: float = 2.0, bytes_w: float = 0.
     """A family of these kernels; `float_x` says that weights may be scaled or dequantised."""
     step = _step(group_size)
 
+    tiles = _FEW_16_BIT if float_x else _FEW_INT8 if "int8" in name else _FEW_8_BIT
+
     def candidates(problem: Problem) -> list[Config]:
         if problem.m <= 32:
-            return _few_rows(problem, step)
-        found = _middle(problem, step)
+            return _few_rows(problem, step, tiles)
+        found = _middle(problem, step, float_x=float_x)
         if not float_x:
             return found
         many = _many_rows(problem)
-        if problem.m <= LONG_M:
-            return [*found, *many[:1]]
-        return [*many, _DEQUANTIZE, *found[:8]]
+        if problem.m <= 128:
+            return [*found, *many[3:]]
+        return [_DEQUANTIZE, *many, *found] if problem.m > 1024 else [*many, _DEQUANTIZE, *found]
 
     return Family(name=f"{name}-g{group_size}", candidates=candidates, bytes_x=bytes_x, bytes_w=bytes_w)
 
@@ -195,6 +223,27 @@ def family_of(dtype: torch.dtype, group_size: int) -> Family:
     return _BY_NAME[f"{_KINDS[dtype]}-g{tuned_as}"]
 
 
+def scale_layout(w_scale: Tensor) -> Tensor:
+    """[N, K/G] -> the same, as the kernels read it fastest: rows of w adjacent, in bfloat16 where that is exact."""
+    short = w_scale.to(torch.bfloat16)
+    return (short if torch.equal(short.to(w_scale.dtype), w_scale) else w_scale).t().contiguous().t()
+
+
+def _like(zero: Tensor, scale: Tensor) -> Tensor:
+    """`zero` with the strides of `scale`."""
+    if zero.stride() == scale.stride():
+        return zero
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero.dtype, device=zero.device).copy_(zero)
+
+
+def _order(x: Tensor, config: Config) -> tl.constexpr:
+    """How columns are ordered: permuted only for the 16-bit operands of Hopper's matrix instructions."""
+    plain = x.dtype in (torch.int8, torch.float8_e4m3fn) or config.warps < WARPGROUP
+    if plain or (on_nvidia(x) and torch.cuda.get_device_capability(x.device)[0] != HOPPER):
+        return PLAIN
+    return PERMUTED_X if config.block_m >= LONG_M and config.form != READ_PERMUTED else PERMUTE_X
+
+
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -219,17 +268,16 @@ def launch(
     if m == 0:
         return out
     config = config or config_for(family, Problem(m=m, n=n, k=k), x.device)
-    w_packed, w_scale = w_packed.contiguous(), w_scale.contiguous()
-    w_zero = None if w_zero is None else w_zero.contiguous()
+    w_packed = w_packed.contiguous()
+    w_zero = None if w_zero is None else _like(w_zero, w_scale)
     if config.form == "dequantize":
         dense = dequantize(w_packed, w_scale, group_size, w_zero, x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
-    float_x = x.is_floating_point() and x.dtype != torch.float8_e4m3fn
-    permuted = float_x and config.block_m >= LONG_M
-    x = in_fragment_order(x) if permuted else _dense(x)
+    order = _order(x, config)
+    x = in_fragment_order(x) if order == PERMUTED_X else _dense(x)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     workspace, counters = split_buffers(x, tiles, config, torch.float32)
-    w = w_packed if float_x else w_packed.view(torch.uint8)
+    w = w_packed.view(torch.uint8) if x.dtype in (torch.int8, torch.float8_e4m3fn) else w_packed
     with on_device(x):
         w4_kernel[tiles, config.split_k](
             x,
@@ -249,14 +297,17 @@ def launch(
             x.stride(0),
             w.stride(0),
             w_scale.stride(0),
+            w_scale.stride(1),
             out.stride(0),
             GROUP=group_size,
-            IN_ORDER=permuted or not float_x,
+            ORDER=order,
             FAST=on_nvidia(x),
             SCALED=config.form == "scaled",
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            STEP=min(config.block_k, _step(group_size)),
+            EVEN_K=k % config.block_k == 0,
             SPLIT_K=config.split_k,
             GROUP_M=config.group_m,
             num_warps=config.warps,

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from lowprec_kernels.aot import AotCase
+from lowprec_kernels.packing import CHUNK
 from lowprec_kernels.triton_nested import FAMILIES as NESTED
-from lowprec_kernels.triton_w4 import FAMILIES, LONG_M
-from lowprec_kernels.triton_w4_kernels import w4_kernel
+from lowprec_kernels.triton_w4 import FAMILIES, LONG_M, READ_PERMUTED, WARPGROUP
+from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, w4_kernel
 from lowprec_kernels.tuning import Config, Family, Problem
 
-PROBLEMS = tuple(Problem(m=m, n=8192, k=8192) for m in (16, 32, 64, 512))
+PROBLEMS = tuple(Problem(m=m, n=8192, k=8192) for m in (8, 16, 32, 64, 512))
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
 MATRIX = {
     "*bf16": {"sm_80": "HMMA.*BF16", "sm_89": "HMMA.*BF16", "sm_90": "HGMMA.*BF16", "sm_100": "UTCHMMA"},
@@ -33,10 +34,10 @@ def _type_of(family: Family) -> str:
     return {"w4a8-int8": "*i8", "w4a8-fp8": "*fp8e4nv"}.get(family.name.rpartition("-")[0], "*bf16")
 
 
-def _case(family: Family, kind: str, config: Config, group: int) -> AotCase:
+def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool) -> AotCase:
     codes, nested = kind in ("*i8", "*fp8e4nv"), family.name.startswith("nested8")
     signature = {
-        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*fp32", "zero": "*i8",
+        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*bf16", "zero": "*i8",
         "x_scale": "*fp32", "x_sums": "*fp32", "bias": "*fp32", "out": "*bf16" if codes else kind,
         "workspace": "*fp32", "counters": "*i32",
     }  # fmt: skip
@@ -44,35 +45,47 @@ def _case(family: Family, kind: str, config: Config, group: int) -> AotCase:
         "residual": nested, "zero": False, "x_scale": codes, "x_sums": kind == "*fp8e4nv", "bias": False,
         "workspace": config.split_k > 1, "counters": config.split_k > 1,
     }  # fmt: skip
-    integers = ("m", "n", "k", "stride_x", "stride_w", "stride_s", "stride_o")
+    integers = ("m", "n", "k", "stride_x", "stride_w", "stride_g", "stride_o")
     absent = {name for name, there in present.items() if not there}
     typed = {name: t for name, t in signature.items() if name not in absent} | dict.fromkeys(integers, "i32")
-    limit = {} if nested or config.block_m > LIMITED_M else dict.fromkeys(("sm_80", "sm_89", "sm_90"), LIMITS[kind])
+    step = 128 if group % 128 == 0 else CHUNK
+    warpgroup = hopper and config.warps >= WARPGROUP and not codes
+    permuted = PERMUTED_X if config.block_m >= LONG_M and config.form != READ_PERMUTED else PERMUTE_X
+    targets = ("sm_90",) if hopper else ("sm_80", "sm_89", "sm_100")
+    # With fewer than four warps Hopper runs the instructions of a warp, which it inherited.
+    matrix = MATRIX[kind] if config.warps >= WARPGROUP or not hopper else {"sm_90": "HMMA|IMMA"}
+    limited = not nested and config.block_m <= LIMITED_M
     return AotCase(
         name=f"{family.name} {kind[1:]} m{config.block_m} n{config.block_n} k{config.block_k} w{config.warps} "
-        f"s{config.stages} {'split' if config.split_k > 1 else ''}{config.form}",
+        f"s{config.stages} {'split' if config.split_k > 1 else ''}{config.form} {'hopper' if hopper else 'others'}",
         kernel=w4_kernel,
         signature=typed,
         constants=dict.fromkeys(absent, None)
         | {
+            # Rows of w adjacent, as `scale_layout` makes them.
+            "stride_s": 1,
             "GROUP": group,
-            "IN_ORDER": codes or config.block_m >= LONG_M,
+            "ORDER": permuted if warpgroup else PLAIN,
             "FAST": True,
             "SCALED": config.form == "scaled",
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
+            "STEP": min(config.block_k, step),
+            "EVEN_K": True,
             "SPLIT_K": min(config.split_k, 2),
             "GROUP_M": config.group_m,
         },
-        divisible=(*(name for name in typed if typed[name][0] == "*"), "n", "k", "stride_x", "stride_w", "stride_o"),
+        divisible=(
+            *(name for name in typed if typed[name][0] == "*"), "n", "k", "stride_x", "stride_w", "stride_g", "stride_o"
+        ),
         warps=config.warps,
         stages=config.stages,
-        expected=MATRIX[kind],
+        expected=matrix,
         weights_per_trip=config.block_n * config.block_k,
-        limits=limit,
-        targets=tuple(MATRIX[kind]),
-    )
+        limits=dict.fromkeys(targets if limited else (), LIMITS[kind]),
+        targets=tuple(t for t in targets if t in MATRIX[kind]),
+    )  # fmt: skip
 
 
 def _cases() -> Iterator[AotCase]:
@@ -80,7 +93,8 @@ def _cases() -> Iterator[AotCase]:
         group, kind = int(family.name.rpartition("-g")[2]), _type_of(family)
         for config in family.fitting(problem):
             if config.form != "dequantize":
-                yield _case(family, kind, config, group)
+                yield _case(family, kind, config, group, hopper=True)
+                yield _case(family, kind, config, group, hopper=False)
 
 
 AOT = tuple({case.name: case for case in _cases()}.values())

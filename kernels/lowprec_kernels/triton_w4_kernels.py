@@ -18,29 +18,42 @@ from lowprec_kernels.triton_unpack import (
 
 # Steps of the finer level of nested weights in one of the coarser.
 NESTED = tl.constexpr(8.0)
+# Columns of weights and of x: both as they are; weights permuted and x read so; x already permuted in memory.
+PLAIN = tl.constexpr(0)
+PERMUTE_X = tl.constexpr(1)
+PERMUTED_X = tl.constexpr(2)
 
 
 @triton.jit
-def _operands(at, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Loads a tile of words or bytes and makes the operands of both planes, [BLOCK_N, BLOCK_K / 2] each."""
-    stored = tl.load(at)
+def _operands(at, there, KIND: tl.constexpr, FAST: tl.constexpr, ORDER: tl.constexpr):
+    """Loads a tile of words or bytes, all or where `there`; the operands of both planes, [BLOCK_N, HALF] each."""
+    stored = tl.load(at) if there is None else tl.load(at, mask=there, other=0)
     if KIND == tl.int8:
         lo, hi = nibbles_as_int8(stored, FAST)
     elif KIND == tl.float8e4nv:
         lo, hi = nibbles_as_fp8(stored, FAST)
     else:
-        lo, hi = nibbles_as_float(stored, KIND, FAST)
+        lo, hi = nibbles_as_float(stored, KIND, FAST, ORDER != PLAIN)
     return lo, hi
 
 
 @triton.jit
-def _offset(x_sums, s_at, m, rows_m, groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _group(s_at, z_at, offset, KIND: tl.constexpr):
+    """Scales [BLOCK_N] float32 of a group and its zero points as KIND, the scales again where there are none."""
+    factor = tl.load(s_at + offset).to(tl.float32)
+    return factor, factor if z_at is None else tl.load(z_at + offset).to(KIND)
+
+
+@triton.jit
+def _offset(x_sums, s_at, stride_g, m, rows_m, groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_N, BLOCK_M]: what the offset of e4m3 operands adds to a row; scales [n, groups], sums [groups, m]."""
     offset = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     at = tl.arange(0, 16)
     for start in tl.range(0, groups, 16, num_stages=1):
         inside = start + at < groups
-        factors = tl.load(s_at[:, None] + (start + at)[None, :], mask=inside[None, :], other=0.0)
+        factors = tl.load(s_at[:, None] + ((start + at) * stride_g)[None, :], mask=inside[None, :], other=0.0).to(
+            tl.float32
+        )
         places = (start + at).to(tl.int64)[:, None] * m + rows_m[None, :]
         sums = tl.load(x_sums + places, mask=inside[:, None] & (rows_m < m)[None, :], other=0.0)
         # Scales hold bfloat16 values, so tf32 holds them; the sums are taken in two parts that it holds.
@@ -69,22 +82,26 @@ def w4_kernel(
     stride_x,
     stride_w,
     stride_s,
+    stride_g,
     stride_o,
     GROUP: tl.constexpr,
-    IN_ORDER: tl.constexpr,
+    ORDER: tl.constexpr,
     FAST: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """x [m, k], w [n, stride_w] words (float x) or bytes, scale [n, k / GROUP]; strides in elements, last axis of 1."""
-    HALF: tl.constexpr = BLOCK_K // 2
+    """x [m, k], w [n, stride_w] words (float x) or bytes, last axis dense; scale, zero [n, k / GROUP], any strides."""
+    HALF: tl.constexpr = STEP // 2
     KIND: tl.constexpr = x.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if KIND == tl.int8 else tl.float32
     UNITS: tl.constexpr = HALF // 4 if KIND == tl.bfloat16 or KIND == tl.float16 else HALF
+    PARTS: tl.constexpr = BLOCK_K // STEP
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tile, split = tl.program_id(0), tl.program_id(1)
     tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -93,59 +110,66 @@ def w4_kernel(
     # Rows beyond n repeat the last one: what they give is not stored.
     safe_n = tl.minimum(rows_n, n - 1).to(tl.int64)
     at = tl.arange(0, HALF)
-    columns = at // 32 * 64 + at % 32 if IN_ORDER else fragment_columns(HALF)
+    columns = at // 32 * 64 + at % 32 if ORDER != PERMUTE_X else fragment_columns(HALF)
     x_at = x + rows_m.to(tl.int64)[None, :] * stride_x + columns[:, None]
-    w_at = safe_n[:, None] * stride_w + tl.arange(0, UNITS)[None, :]
+    units = tl.arange(0, UNITS)[None, :]
+    w_at = safe_n[:, None] * stride_w + units
     s_at = scale + safe_n * stride_s
+    z_at = None if zero is None else zero + safe_n * stride_s
+    groups = k // GROUP
+    next_factor, next_z = _group(s_at, z_at, tl.minimum(split * BLOCK_K // GROUP, groups - 1) * stride_g, KIND)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(split, tl.cdiv(k, BLOCK_K), SPLIT_K):
-        start = block * BLOCK_K
-        x_lo = tl.load(x_at + start, mask=inside, other=0.0)
-        if GROUP == 32:
-            # K is a multiple of 32: the high plane of the last chunk may be empty.
-            x_hi = tl.load(x_at + (start + 32), mask=inside & (columns[:, None] < k - start - 32), other=0.0)
-        else:
-            x_hi = tl.load(x_at + (start + 32), mask=inside, other=0.0)
-        lo, hi = _operands(w + (w_at + block * UNITS), KIND, FAST)
-        group = start // GROUP
-        factor = tl.load(s_at + group)
-        if zero is not None:
-            z = tl.load(zero + safe_n * stride_s + group).to(KIND)
-            lo -= z[:, None]
-        if residual is not None:
-            r_lo, r_hi = _operands(residual + (w_at + block * UNITS), KIND, FAST)
-            lo = lo * NESTED + r_lo
-        if SCALED:
-            lo *= factor.to(KIND)[:, None]
-            acc = tl.dot(lo, x_lo, acc)
-        else:
-            sums = tl.dot(lo, x_lo, none, out_dtype=SUM)
-        if GROUP == 32:
-            # Each plane of a chunk is a group.
-            if not SCALED:
-                acc += sums.to(tl.float32) * factor[:, None]
-            group = tl.minimum(group + 1, stride_s - 1)
-            factor = tl.load(s_at + group)
+        for part in tl.static_range(PARTS):
+            step = block * PARTS + part
+            start = step * STEP
+            if EVEN_K:
+                x_lo = tl.load(x_at + start, mask=inside, other=0.0)
+                x_hi = tl.load(x_at + (start + 32), mask=inside, other=0.0)
+                there = None
+            else:
+                x_lo = tl.load(x_at + start, mask=inside & (columns[:, None] < k - start), other=0.0)
+                x_hi = tl.load(x_at + (start + 32), mask=inside & (columns[:, None] < k - start - 32), other=0.0)
+                there = units + step * UNITS < stride_w
+            lo, hi = _operands(w + (w_at + step * UNITS), there, KIND, FAST, ORDER)
+            group = start // GROUP
+            factor, z = next_factor, next_z
+            # Those of the next step are on their way while this one is computed.
+            ahead = start + STEP if part + 1 < PARTS else (block + SPLIT_K) * BLOCK_K
+            next_factor, next_z = _group(s_at, z_at, tl.minimum(ahead // GROUP, groups - 1) * stride_g, KIND)
             if zero is not None:
-                z = tl.load(zero + safe_n * stride_s + group).to(KIND)
-            sums = none
-        if zero is not None:
-            hi -= z[:, None]
-        if residual is not None:
-            hi = hi * NESTED + r_hi
-        if SCALED:
-            hi *= factor.to(KIND)[:, None]
-            acc = tl.dot(hi, x_hi, acc)
-        else:
-            sums = tl.dot(hi, x_hi, sums, out_dtype=SUM)
-            acc += sums.to(tl.float32) * factor[:, None]
+                lo -= z[:, None]
+            if residual is not None:
+                r_lo, r_hi = _operands(residual + (w_at + step * UNITS), there, KIND, FAST, ORDER)
+                lo = lo * NESTED + r_lo
+            if SCALED:
+                lo *= factor.to(KIND)[:, None]
+                acc = tl.dot(lo, x_lo, acc)
+            else:
+                sums = tl.dot(lo, x_lo, none, out_dtype=SUM)
+            if GROUP == 32:
+                # Each plane of a chunk is a group.
+                if not SCALED:
+                    acc += sums.to(tl.float32) * factor[:, None]
+                factor, z = _group(s_at, z_at, tl.minimum(group + 1, groups - 1) * stride_g, KIND)
+                sums = none
+            if zero is not None:
+                hi -= z[:, None]
+            if residual is not None:
+                hi = hi * NESTED + r_hi
+            if SCALED:
+                hi *= factor.to(KIND)[:, None]
+                acc = tl.dot(hi, x_hi, acc)
+            else:
+                sums = tl.dot(hi, x_hi, sums, out_dtype=SUM)
+                acc += sums.to(tl.float32) * factor[:, None]
     if KIND == tl.int8:
         acc *= FACTOR_INT8
     elif KIND == tl.float8e4nv:
         if split == 0:
-            acc -= _offset(x_sums, s_at, m, rows_m, stride_s, BLOCK_M, BLOCK_N)
+            acc -= _offset(x_sums, s_at, stride_g, m, rows_m, groups, BLOCK_M, BLOCK_N)
         acc *= FACTOR_FP8
     if residual is not None:
         acc *= 1.0 / NESTED
@@ -167,21 +191,47 @@ def sums_kernel(x, out, m, k, stride_x, GROUP: tl.constexpr, BLOCK_M: tl.constex
 
 @triton.jit
 def dequantize_kernel(
-    w, scale, zero, out, n, k, stride_w, stride_s, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    w,
+    scale,
+    zero,
+    out,
+    n,
+    k,
+    stride_w,
+    stride_s,
+    stride_g,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """Words [n, stride_w] as bytes -> out [n, k], scaled."""
-    HALF: tl.constexpr = BLOCK_K // 2
+    """Words [n, stride_w] -> out [n, k], scaled; scale, zero [n, k / GROUP] of any strides."""
+    KIND: tl.constexpr = out.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * HALF + tl.arange(0, HALF)
-    inside = (rows < n)[:, None] & (at < stride_w)[None, :]
-    p = tl.load(w + rows.to(tl.int64)[:, None] * stride_w + at[None, :], mask=inside, other=0x88)
-    columns = at // 32 * 64 + at % 32
+    words = tl.program_id(1) * (8 * CHUNKS) + tl.arange(0, 8 * CHUNKS)
+    safe_n = tl.minimum(rows, n - 1).to(tl.int64)
+    stored = tl.load(w + safe_n[:, None] * stride_w + words[None, :], mask=(words < stride_w)[None, :], other=0)
+    # float32 results are made from bfloat16 codes, which are exact.
+    CODE: tl.constexpr = tl.bfloat16 if KIND == tl.float32 else KIND
+    lo, hi = nibbles_as_float(stored, CODE, FAST, False)
+    at = tl.arange(0, 32 * CHUNKS)
     for plane in tl.static_range(2):
-        column = columns + 32 * plane
-        mask = (rows < n)[:, None] & (column < k)[None, :]
-        groups = rows.to(tl.int64)[:, None] * stride_s + (column // GROUP)[None, :]
-        code = ((p >> (4 * plane)) & 0xF).to(tl.int32) - 8
+        # One scale a plane of a chunk, which lies in one group.
+        columns = tl.program_id(1) * (64 * CHUNKS) + at // 32 * 64 + plane * 32 + at % 32
+        first = tl.program_id(1) * (64 * CHUNKS) + tl.arange(0, CHUNKS) * 64 + plane * 32
+        groups = safe_n[:, None] * stride_s + (tl.minimum(first, k - 1) // GROUP).to(tl.int64)[None, :] * stride_g
+        values = (lo if plane == 0 else hi).to(tl.float32)
         if zero is not None:
-            code -= tl.load(zero + groups, mask=mask, other=0).to(tl.int32)
-        value = code.to(tl.float32) * tl.load(scale + groups, mask=mask, other=0.0)
-        tl.store(out + rows.to(tl.int64)[:, None] * k + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+            values -= _spread(tl.load(zero + groups).to(tl.float32))
+        values *= _spread(tl.load(scale + groups).to(tl.float32))
+        mask = (rows < n)[:, None] & (columns < k)[None, :]
+        tl.store(out + safe_n[:, None] * k + columns[None, :], values.to(KIND), mask=mask)
+
+
+@triton.jit
+def _spread(values):
+    """[ROWS, CHUNKS] -> [ROWS, 32 CHUNKS]: each value for the columns of its plane."""
+    ROWS: tl.constexpr = values.shape[0]
+    CHUNKS: tl.constexpr = values.shape[1]
+    wide = tl.broadcast_to(tl.expand_dims(values, 2), (ROWS, CHUNKS, 32))
+    return tl.reshape(wide, (ROWS, CHUNKS * 32))

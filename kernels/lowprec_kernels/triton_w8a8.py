@@ -4,8 +4,8 @@
 
 Both operands are K-major (x [M, K], w [N, K], K contiguous), which the 8-bit matrix instructions of sm_90 want. INT8
 sums are int32 and exact. E4M3 sums are float32, but sm_90's QGMMA keeps about 14 bits while it adds (DeepSeek-V3,
-arXiv 2412.19437, section 3.3.2), so a long sum of one sign is off by about 1e-3; promoting every 128 products costs
-more than it mends at this granularity, and is what the block format does (`triton_w8a8_block.py`).
+arXiv 2412.19437, section 3.3.2), so a long sum is off by about 1e-3 of its terms' size; the block format, whose sums
+are promoted every 128 products (`triton_w8a8_block.py`), does not lose them.
 
 Forms (`Config.form`):
 
@@ -14,7 +14,6 @@ Forms (`Config.form`):
 | pointer | plain, masked edges | one per block, `group_m` rows of tiles side by side; `split_k` | anything |
 | swap | plain | the same, with w as the tall side of the product: sum = w x^T | M <= 64 |
 | tma | tensor descriptors | persistent, the loads of the next tile run under the end of the last | large M |
-| tma-ws | the same | the same, with a warp of its own for the loads | large M |
 
 Why swap: the matrix instructions of sm_90 are 64 tall; a tile with fewer rows of x would fall back to fp16 arithmetic,
 while as the other side x may have any multiple of 8 rows. Why split: at M <= 64 there are fewer tiles than processors,
@@ -24,7 +23,11 @@ an error. Persistent tiles and the split epilogue: Triton's tutorial 09 (persist
 halves, since those of a whole tile would take the shared memory of a pipeline stage.
 
 On gfx942, whose own 8-bit float is e4m3fnuz, E4M3 is multiplied as fp16: right and slow. Before sm_89 there is no E4M3.
-Left out: M = 1 without matrix instructions (memory bound in either way), int8 with one scale per tensor.
+A single scale is read with stride 0 for E4M3; for INT8, whose splits are scaled at their end, it is repeated by a copy.
+
+Left out: M = 1 without matrix instructions (memory bound either way); float32 results by descriptors; warps that
+specialise in loading or multiplying, since `tl.range(warp_specialize=True)` of Triton 3.6.0 gave wrong sums on an H100
+at ragged shapes.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -40,7 +43,6 @@ from lowprec_kernels.triton_common import across, finish_tile, on_device, split_
 from lowprec_kernels.triton_w8a8_forms import (
     FP8,
     INT8,
-    TMA_FORMS,
     Families,
     choose,
     descriptors,
@@ -170,34 +172,20 @@ def _tma_kernel(
     m,
     n,
     k,
-    stride_x,
-    stride_w,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     STEP_M: tl.constexpr,
     STEP_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """x [m, k], w [n, k] codes -> out [m, n]: descriptors (out's of half tiles) or, to specialise warps, pointers."""
-    if WARP_SPECIALIZE:
-        # The compiler gives each consumer half of the rows, which the type of a descriptor made on the host forbids.
-        x = tl.make_tensor_descriptor(x, [m, k], [stride_x, 1], [BLOCK_M, BLOCK_K])
-        w = tl.make_tensor_descriptor(w, [n, k], [stride_w, 1], [BLOCK_N, BLOCK_K])
-        out = tl.make_tensor_descriptor(out, [m, n], [n, 1], [BLOCK_M, BLOCK_N])
+    """Descriptors of x [m, k], w [n, k] codes and out [m, n], out's of half tiles."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     HALF: tl.constexpr = BLOCK_N // 2
     SUM: tl.constexpr = tl.int32 if EXACT else tl.float32
-    for tile in tl.range(
-        tl.program_id(0),
-        tiles_m * tiles_n,
-        tl.num_programs(0),
-        flatten=not WARP_SPECIALIZE,
-        warp_specialize=WARP_SPECIALIZE,
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
         column = tile_n * BLOCK_N
@@ -206,12 +194,9 @@ def _tma_kernel(
             x_tile = x.load([row, step * BLOCK_K])
             w_tile = w.load([column, step * BLOCK_K])
             acc = tl.dot(x_tile, tl.trans(w_tile), acc, out_dtype=SUM)
-        if WARP_SPECIALIZE:
-            _store_by_tma(acc, out, scale_m, scale_n, bias, row, column, m, n, BLOCK_N, STEP_M, STEP_N)
-        else:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-            _store_by_tma(left, out, scale_m, scale_n, bias, row, column, m, n, HALF, STEP_M, STEP_N)
-            _store_by_tma(right, out, scale_m, scale_n, bias, row, column + HALF, m, n, HALF, STEP_M, STEP_N)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store_by_tma(left, out, scale_m, scale_n, bias, row, column, m, n, HALF, STEP_M, STEP_N)
+        _store_by_tma(right, out, scale_m, scale_n, bias, row, column + HALF, m, n, HALF, STEP_M, STEP_N)
 
 
 def _step(scale: Tensor, rows: int, exact: bool) -> tuple[Tensor, int]:
@@ -255,13 +240,11 @@ def _gemm(
         "num_stages": config.stages,
     }
     vectors = scale_m, scale_n, bias if bias is None else bias.contiguous()
-    sizes = m, n, k, x.stride(0), w.stride(0)
     with on_device(x):
-        if config.form in TMA_FORMS:
-            specialize = config.form == "tma-ws"
+        if config.form == "tma":
             operands = descriptors(x, w, out, config, config.block_n // 2)
             programs = persistent_programs(x, tiles, config, families.tma.shared_bytes(config))
-            _tma_kernel[(programs,)](*operands, *vectors, *sizes, WARP_SPECIALIZE=specialize, **shared)
+            _tma_kernel[(programs,)](*operands, *vectors, m, n, k, **shared)
         else:
             workspace, counters = split_buffers(x, tiles, config, torch.int32 if exact else torch.float32)
             _pointer_kernel[tiles, config.split_k](
@@ -271,7 +254,11 @@ def _gemm(
                 *vectors,
                 workspace,
                 counters,
-                *sizes,
+                m,
+                n,
+                k,
+                x.stride(0),
+                w.stride(0),
                 SPLIT_K=config.split_k,
                 SWAPPED=config.form == "swap",
                 WHOLE_K=k % config.block_k == 0,

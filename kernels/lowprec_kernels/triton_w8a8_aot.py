@@ -9,7 +9,7 @@ from typing import Any
 
 from lowprec_kernels import triton_w8a8, triton_w8a8_block
 from lowprec_kernels.aot import AotCase
-from lowprec_kernels.triton_w8a8_forms import FP8, FP8_BLOCK, INT8, TMA_FORMS, Families, W8A8Family
+from lowprec_kernels.triton_w8a8_forms import FP8, FP8_BLOCK, INT8, Families, W8A8Family
 from lowprec_kernels.tuning import Config, Problem
 
 PROBLEMS = tuple(Problem(m=m, n=4096, k=8192) for m in (16, 64, 128, 4096))
@@ -18,7 +18,7 @@ EXACT = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA|UTC
 FLOAT = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "v_mfma_f32.*f16"}
 # Shared memory of a block, in KB: what does not fit is not launched there.
 SHARED_KB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-TARGETS_OF_FORM = {"tma": ("sm_90", "sm_100"), "tma-ws": ("sm_90",)}
+TARGETS_OF_FORM = {"tma": ("sm_90", "sm_100")}
 SCALES = ("scale_m", "scale_n", "scale_x", "scale_w")
 NOT_DIVISIBLE = ("m", "stride_scale_xm", "stride_scale_wn")
 
@@ -31,22 +31,26 @@ def _constants(config: Config, *, block: bool, exact: bool) -> dict[str, Any]:
         "GROUP_M": config.group_m,
     }
     found |= {"stride_scale_xk": 1, "stride_scale_wk": 1} if block else {"STEP_M": 1, "STEP_N": 1, "EXACT": exact}
-    if config.form in TMA_FORMS:
-        return found | {"WARP_SPECIALIZE": config.form == "tma-ws"}
+    if config.form == "tma":
+        return found
     found |= {"SPLIT_K": config.split_k, "SWAPPED": config.form == "swap", "WHOLE_K": True}
     return found if config.split_k > 1 else found | {"workspace": None, "counters": None}
 
 
-def _spills(family: W8A8Family, config: Config, target: str) -> bool:
-    """What is known to spill: a tile of 128 x 256 by pointers on sm_100, and 8 bytes of one by tma-ws (Triton 3.6)."""
-    wide = config.block_m * config.block_n == 128 * 256 and family.name.startswith("w8a8-fp8")
-    return wide and (config.form, target) in (("pointer", "sm_100"), ("tma-ws", "sm_90"))
+def _spills(config: Config, target: str) -> bool:
+    """What is known to spill: two tiles by pointers on sm_100."""
+    size = config.block_m * config.block_n
+    return (
+        target == "sm_100"
+        and config.form == "pointer"
+        and (size == 128 * 256 or (size, config.split_k) == (64 * 64, 2))
+    )
 
 
 def _case(family: W8A8Family, config: Config) -> AotCase:
     block, exact = not family.halves, family.name.startswith("w8a8-int8")
     module: Any = triton_w8a8_block if block else triton_w8a8
-    kernel = module._tma_kernel if config.form in TMA_FORMS else module._pointer_kernel
+    kernel = module._tma_kernel if config.form == "tma" else module._pointer_kernel
     constants = _constants(config, block=block, exact=exact)
     codes = "i8" if exact else "fp8e4nv"
     types = dict.fromkeys(SCALES, "*fp32") | {"x": f"*{codes}", "w": f"*{codes}", "out": "*bf16", "bias": "*bf16"}
@@ -71,7 +75,7 @@ def _case(family: W8A8Family, config: Config) -> AotCase:
         targets=tuple(
             target
             for target in TARGETS_OF_FORM.get(config.form, tuple(expected))
-            if family.shared_bytes(config) <= SHARED_KB[target] << 10 and not _spills(family, config, target)
+            if family.shared_bytes(config) <= SHARED_KB[target] << 10 and not _spills(config, target)
         ),
     )
 
@@ -79,7 +83,7 @@ def _case(family: W8A8Family, config: Config) -> AotCase:
 def _cases(families: Families) -> Iterator[AotCase]:
     for problem in PROBLEMS:
         for config in families.tma.fitting(problem):
-            if config.form in TMA_FORMS:
+            if config.form == "tma":
                 yield _case(families.tma, config)
         for config in families.pointer.fitting(problem):
             # Splits in between differ in how many parts are added, and in nothing else.

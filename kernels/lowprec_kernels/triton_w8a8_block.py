@@ -8,9 +8,10 @@ matter within 128 products only, and cost the accumulators twice over in registe
 
 Operands as in `triton_w8a8.py` (both K-major), x_scale [M, ceil(K/128)] and w_scale [ceil(N/128), ceil(K/128)] float32
 of any strides (an x_scale stored with M contiguous is read in fewer transactions); the last blocks may be partial. The
-forms are those of `triton_w8a8.py`; tma-ws is the structure of DeepGEMM: two groups of warps, each with 64 rows, of
-which one may promote while the other multiplies. Before sm_89 there is no E4M3; gfx942 multiplies it as fp16.
-Left out: 256 columns in one tile (its sums and products together spill).
+forms are those of `triton_w8a8.py`. Before sm_89 there is no E4M3; gfx942 multiplies it as fp16.
+
+Left out: 256 columns in one tile (its sums and products together spill); two groups of warps, of which one promotes
+while the other multiplies (DeepGEMM): Triton's way to specialise warps gives wrong sums (`triton_w8a8.py`).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -26,7 +27,6 @@ from lowprec_kernels.triton_common import finish_tile, on_device, split_buffers,
 from lowprec_kernels.triton_w8a8 import code_tile
 from lowprec_kernels.triton_w8a8_forms import (
     FP8_BLOCK,
-    TMA_FORMS,
     choose,
     descriptors,
     fp8_reason,
@@ -137,8 +137,6 @@ def _tma_kernel(
     m,
     n,
     k,
-    stride_x,
-    stride_w,
     stride_scale_xm,
     stride_scale_xk,
     stride_scale_wn,
@@ -147,23 +145,12 @@ def _tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
-    """x [m, k], w [n, k] codes -> out [m, n]: descriptors or, to specialise warps, pointers; see `triton_w8a8`."""
-    if WARP_SPECIALIZE:
-        x = tl.make_tensor_descriptor(x, [m, k], [stride_x, 1], [BLOCK_M, BLOCK_K])
-        w = tl.make_tensor_descriptor(w, [n, k], [stride_w, 1], [BLOCK_N, BLOCK_K])
-        out = tl.make_tensor_descriptor(out, [m, n], [n, 1], [BLOCK_M, BLOCK_N])
+    """Descriptors of x [m, k], w [n, k] codes and out [m, n]; see `triton_w8a8`."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     steps = tl.cdiv(k, BLOCK_K)
-    for tile in tl.range(
-        tl.program_id(0),
-        tiles_m * tiles_n,
-        tl.num_programs(0),
-        flatten=not WARP_SPECIALIZE,
-        warp_specialize=WARP_SPECIALIZE,
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m * BLOCK_M
         column = tile_n * BLOCK_N
@@ -171,25 +158,17 @@ def _tma_kernel(
         scale_x_at = scale_x + rows_m.to(tl.int64) * stride_scale_xm
         scale_w_at = scale_w + (column // BLOCK_K) * stride_scale_wn
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if WARP_SPECIALIZE:
-            # The compiler cannot give each consumer its half of scales that a loop carries.
-            for step in range(steps):
-                factors = tl.load(scale_x_at + step * stride_scale_xk)
-                factor = tl.load(scale_w_at + step * stride_scale_wk)
-                part = tl.dot(x.load([row, step * BLOCK_K]), tl.trans(w.load([column, step * BLOCK_K])))
-                acc += part * (factors * factor)[:, None]
-        else:
-            factors = tl.load(scale_x_at)
-            factor = tl.load(scale_w_at)
-            for step in range(steps):
-                # The scales of the next block are asked for a whole step before their use.
-                ahead = tl.minimum(step + 1, steps - 1)
-                next_factors = tl.load(scale_x_at + ahead * stride_scale_xk)
-                next_factor = tl.load(scale_w_at + ahead * stride_scale_wk)
-                part = tl.dot(x.load([row, step * BLOCK_K]), tl.trans(w.load([column, step * BLOCK_K])))
-                acc += part * (factors * factor)[:, None]
-                factors = next_factors
-                factor = next_factor
+        factors = tl.load(scale_x_at)
+        factor = tl.load(scale_w_at)
+        for step in range(steps):
+            # The scales of the next block are asked for a whole step before their use.
+            ahead = tl.minimum(step + 1, steps - 1)
+            next_factors = tl.load(scale_x_at + ahead * stride_scale_xk)
+            next_factor = tl.load(scale_w_at + ahead * stride_scale_wk)
+            part = tl.dot(x.load([row, step * BLOCK_K]), tl.trans(w.load([column, step * BLOCK_K])))
+            acc += part * (factors * factor)[:, None]
+            factors = next_factors
+            factor = next_factor
         if bias is not None:
             rows_n = column + tl.arange(0, BLOCK_N)
             acc += tl.load(bias + rows_n, mask=rows_n < n, other=0.0).to(tl.float32)[None, :]
@@ -221,7 +200,7 @@ def w8a8_fp8_block_gemm(
     config = choose(FP8_BLOCK, x, w, out, config, SCALE_BLOCK)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     vectors = x_scale, w_scale, bias if bias is None else bias.contiguous()
-    sizes = m, n, k, x.stride(0), w.stride(0), *x_scale.stride(), *w_scale.stride()
+    strides = *x_scale.stride(), *w_scale.stride()
     shared: dict[str, Any] = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -231,11 +210,10 @@ def w8a8_fp8_block_gemm(
         "num_stages": config.stages,
     }
     with on_device(x):
-        if config.form in TMA_FORMS:
+        if config.form == "tma":
             operands = descriptors(x, w, out, config, config.block_n)
             programs = persistent_programs(x, tiles, config, FP8_BLOCK.tma.shared_bytes(config))
-            specialize = config.form == "tma-ws"
-            _tma_kernel[(programs,)](*operands, *vectors, *sizes, WARP_SPECIALIZE=specialize, **shared)
+            _tma_kernel[(programs,)](*operands, *vectors, m, n, k, *strides, **shared)
         else:
             workspace, counters = split_buffers(x, tiles, config, torch.float32)
             _pointer_kernel[tiles, config.split_k](
@@ -245,7 +223,12 @@ def w8a8_fp8_block_gemm(
                 *vectors,
                 workspace,
                 counters,
-                *sizes,
+                m,
+                n,
+                k,
+                x.stride(0),
+                w.stride(0),
+                *strides,
                 SPLIT_K=config.split_k,
                 SWAPPED=config.form == "swap",
                 WHOLE_K=k % config.block_k == 0,

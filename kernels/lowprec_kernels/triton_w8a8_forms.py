@@ -28,8 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 TMA_ALIGNMENT = 16
-TMA_FORMS = ("tma", "tma-ws")
-FORMS = ("pointer", "swap", *TMA_FORMS)
+FORMS = ("pointer", "swap", "tma")
 SMALL_M = 64
 MEDIUM_M = 256
 # An H100 has 132; only the order of the candidates depends on it.
@@ -41,6 +40,7 @@ OVERHEAD = 1024
 # A split shorter than this many bytes of K is all start and end.
 SHORTEST_SPLIT = 1024
 MOST_SPLITS = 8
+MOST_PARTS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +57,10 @@ class W8A8Family(Family):
         """Shared memory of a block: the stages and, with tensor descriptors, results on their way out."""
         stages = Family.shared_bytes(self, config)
         results = config.block_m * config.block_n
-        if config.form not in TMA_FORMS:
+        if config.form != "tma":
             # Float32 results change their layout where the stages were.
             return max(stages + OVERHEAD, 4 * results)
-        return stages + (results if config.form == "tma" and self.halves else 2 * results) + 2 * OVERHEAD
+        return stages + (results if self.halves else 2 * results) + 2 * OVERHEAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +81,13 @@ class Tiles:
     Attributes:
         swap: by rows of x up to 64, without block_m.
         medium, large: the pointer form, up to 256 rows and beyond.
-        tma, specialized: the forms tma and tma-ws.
+        tma: the form tma.
     """
 
     swap: dict[int, tuple[tuple[int, int, int, int], ...]]
     medium: tuple[Tile, ...]
     large: tuple[Tile, ...]
     tma: tuple[Tile, ...]
-    specialized: tuple[Tile, ...]
 
 
 def _tiles(config: Config, problem: Problem) -> int:
@@ -104,7 +103,9 @@ def _estimate(config: Config, problem: Problem) -> int:
 
 def _with_splits(config: Config, problem: Problem, *, blocks: int = 2) -> list[Config]:
     """`config` with K split so that there are about `blocks` blocks per processor, then half and twice as often."""
-    most = min(MOST_SPLITS, max(1, problem.k // SHORTEST_SPLIT))
+    # Who adds the splits has a part of each in registers.
+    sums = config.block_m * config.block_n // (32 * config.warps)
+    most = min(MOST_SPLITS, MOST_PARTS // sums, max(1, problem.k // SHORTEST_SPLIT))
     wanted = blocks * TYPICAL_PROCESSORS // _tiles(config, problem)
     guess = 1
     while guess * 2 <= min(most, wanted):
@@ -142,8 +143,7 @@ def _by_descriptors(tiles: Tiles, problem: Problem) -> list[Config]:
     pointers = _by_pointers(tiles, problem)
     if problem.m <= MEDIUM_M:
         return sorted(found + pointers, key=lambda c: _estimate(c, problem))
-    others = [_plain(tile, "tma-ws") for tile in tiles.specialized]
-    others += [_plain(tiles.tma[0], "tma", group_m=group) for group in (4, 16)]
+    others = [_plain(tiles.tma[0], "tma", group_m=group) for group in (4, 16)]
     return [*sorted(found, key=lambda c: _estimate(c, problem)), *others, *pointers[:2]]
 
 
@@ -173,7 +173,6 @@ ROW_TILES = Tiles(
         (128, 128, 128, 8, 4),
         (128, 64, 128, 4, 4),
     ),
-    specialized=((128, 256, 128, 4, 3), (128, 128, 128, 4, 4)),
 )
 # A step is a block of scales, so block_k is 128 and block_n divides it; the sums take twice the registers.
 BLOCK_TILES = Tiles(
@@ -185,7 +184,6 @@ BLOCK_TILES = Tiles(
     medium=((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4)),
     large=((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 3), (64, 64, 128, 4, 3)),
     tma=((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (128, 128, 128, 8, 3)),
-    specialized=((128, 128, 128, 4, 4), (128, 128, 128, 4, 3)),
 )
 INT8 = _families("w8a8-int8", ROW_TILES, halves=True)
 FP8 = _families("w8a8-fp8", ROW_TILES, halves=True)
@@ -259,11 +257,9 @@ def choose(
         return config_for(family, Problem(m=m, n=n, k=max(k, 1)), x.device)
     if config.form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {config.form!r}")
-    if config.form in TMA_FORMS and config.split_k > 1:
+    if config.split_k > 1:
         obstacle = "persistent tiles do not split K"
-    if config.form == "tma-ws" and x.is_cuda and _device_of(x.device.index)[1][0] != 9:
-        obstacle = "Triton 3.6 specialises warps of these kernels for sm_90 alone"
-    if config.form in TMA_FORMS and obstacle is not None:
+    if config.form == "tma" and obstacle is not None:
         raise ValueError(f"{config}: {obstacle}; use form pointer")
     if scale_block is not None and (config.block_k != scale_block or scale_block % config.block_n):
         raise ValueError(f"{config}: block_k must be {scale_block} and block_n divide it, as the scales' blocks do")
@@ -271,11 +267,7 @@ def choose(
 
 
 def descriptors(x: Tensor, w: Tensor, out: Tensor, config: Config, columns: int) -> tuple[Any, Any, Any]:
-    """What a TMA kernel takes for x, w and out, stored by `columns`: descriptors, or the tensors themselves."""
-    if config.form == "tma-ws":
-        # The kernel writes its descriptors to memory that the launch must provide.
-        triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=x.device))
-        return x, w, out
+    """Descriptors of x, w and out, which is stored by `columns`."""
     return (
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(w, [config.block_n, config.block_k]),
