@@ -11,7 +11,7 @@ from lowprec_kernels.kernel import ActivationKind
 from lowprec_kernels.reference import FP8_MAX, INT8_MAX, TINY_SCALE
 from lowprec_kernels.triton_cast import Quantized, quantize
 from lowprec_kernels.triton_common import counters
-from lowprec_kernels.triton_w8a16 import STRAIGHT, w8a16_gemm
+from lowprec_kernels.triton_w8a16 import CONVERT, STRAIGHT, converted_weight, w8a16_gemm
 from lowprec_kernels.tuning import Config, Family, Problem
 from torch import Tensor
 
@@ -214,14 +214,19 @@ FORMS = [
     Config(block_m=8, block_n=16, block_k=32, warps=2, split_k=3),
     Config(block_m=8, block_n=16, block_k=32, warps=2, split_k=7, form=STRAIGHT),
     Config(block_m=16, block_n=32, block_k=64, group_m=2, form=STRAIGHT),
+    # Words, x read permuted and permuted in memory.
+    Config(block_m=16, block_n=64, block_k=64, group_m=2),
+    Config(block_m=16, block_n=64, block_k=128, split_k=3),
+    Config(block_m=64, block_n=64, block_k=128, split_k=2),
 ]
 
 
-@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form or 'swapped'}, {c.split_k} splits")
+@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form or 'swapped'}, {c.block_m} rows, {c.split_k} splits")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_w8a16_in_every_form(config: Config, dtype: torch.dtype) -> None:
     # K: whole blocks, a part of one, fewer blocks than splits (some have no work).
-    for m, n, k in ((5, 40, 256), (17, 33, 200), (1, 16, 64)):
+    # Also K without whole words.
+    for m, n, k in ((5, 40, 256), (17, 33, 200), (1, 16, 64), (2, 8, 70)):
         x, codes, scale, bias = w8a16_operands(m, n, k, dtype)
         for terms in (None, bias, bias.to(dtype)):
             assert_product(w8a16_gemm(x, codes, scale, terms, config), x, codes, scale, terms)
@@ -234,11 +239,35 @@ def test_w8a16_chooses_a_configuration(m: int) -> None:
     assert_product(w8a16_gemm(x, codes, scale, bias), x, codes, scale, bias)
 
 
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_w8a16_meets_each_weight_with_its_own_column(block_m: int) -> None:
+    """x is one-hot, row i at column i: y is a copy of w, whatever the order is that K is summed in."""
+    k = 152
+    codes = w8a16_operands(1, 72, k, torch.bfloat16)[1]
+    x, ones = torch.eye(k, device=DEVICE, dtype=torch.bfloat16), torch.ones(72, 1, device=DEVICE)
+    found = w8a16_gemm(x, codes, ones, None, Config(block_m=block_m, block_n=64, block_k=64))
+    assert torch.equal(found.to(torch.int8), codes.t())
+
+
+@pytest.mark.parametrize("shape", [(40, 256), (33, 200), (16, 7), (3, 2050)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_w8a16_writes_weights_out(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, codes, scale, bias = w8a16_operands(5, *shape, dtype)
+    rounded = (codes.double() * scale.double()).to(dtype)
+    assert torch.equal(converted_weight(codes, scale, dtype), rounded)
+    found = w8a16_gemm(x, codes, scale, bias, Config(block_m=16, block_n=16, block_k=16, form=CONVERT))
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, rounded, bias.to(dtype)))
+
+
 def test_w8a16_takes_strides_and_no_rows() -> None:
     x, codes, scale, bias = w8a16_operands(6, 40, 128, torch.bfloat16)
     wide = w8a16_operands(6, 40, 256, torch.bfloat16)
-    for left, right in ((wide[0][:, 64:192], codes), (x.t().contiguous().t(), codes), (x, wide[1][:, ::2])):
-        assert_product(w8a16_gemm(left, right, scale, bias), left, right, scale, bias)
+    views = [(wide[0][:, 64:192], codes), (x.t().contiguous().t(), codes), (x, wide[1][:, ::2])]
+    # Words begin at multiples of four bytes or are none.
+    views += [(x, wide[1][:, 4:132]), (x, wide[1][:, 3:131])]
+    for left, right in views:
+        for config in (None, FORMS[-2], FORMS[-1]):
+            assert_product(w8a16_gemm(left, right, scale, bias, config), left, right, scale, bias)
     assert w8a16_gemm(x[:0], codes, scale, bias).shape == (0, 40)
 
 

@@ -220,7 +220,8 @@ def main(arguments: list[str]) -> int:
     text = summary(results.content, [*compiled, *stages])
     (out / ("smoke.txt" if s.smoke else "gpu.txt")).write_text(text)
     print(text)
-    return int(any(results.content["stages"][stage]["failed"] for stage in stages))
+    found = [results.content["stages"][stage] for stage in stages]
+    return int(any(o["failed"] or any(row.get("ok") is False for row in o["rows"]) for o in found))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def figure(content: Row, folder: Path) -> list[Path]:
     drawing, axes = pyplot.subplots(1, len(PANELS) + 1, figsize=(16, 5), layout="constrained")
     for place, shape in zip(axes, PANELS, strict=False):
         _lines(place, content, shape)
-    if axes[0].get_lines():
+    if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=6, ncols=2)
     _bars(axes[-1], content)
     drawing.suptitle(f"{content['device']}, {_versions(content)}, {content['date'][:10]}", fontsize=9)

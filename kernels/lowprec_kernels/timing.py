@@ -108,10 +108,11 @@ def time_interleaved(
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
             samples[name].append(once(name, turn % copies))
-    return {name: _summary(sorted(values)) for name, values in samples.items()}
+    return {name: summary(sorted(values)) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Percentiles of sorted microseconds."""
     return Timing(
         p20_us=percentile(values, 0.2),
         p50_us=percentile(values, 0.5),

@@ -3,24 +3,32 @@
 x [M, K] bfloat16 or float16, w_codes [N, K] int8, w_scale [N, 1] float32, y [M, N] in x's dtype. A weight travels as
 one byte and becomes a float of x's dtype in registers, which is exact; the scale meets the float32 sum.
 
-With few rows the time is that of reading the weights, so the operands are swapped (y^T = W x^T: the weights take the
-tall side of a matrix instruction, from the registers they were converted in), K is split until every multiprocessor has
-several blocks, and many stages keep enough bytes under way. Blocks have two warps there: with four, Triton takes wgmma,
-whose order of operands in registers costs two byte permutations more a weight (6.3 instructions instead of 2.8). The
-swapped form serves many rows, too, as it never writes converted weights back to shared memory; `form` "straight"
-(y = x W^T) is its alternative.
+| form | operands | for |
+|---|---|---|
+| (none) | y^T = W x^T: weights, the tall side, go from the registers they are converted in to the multiplier | any M |
+| straight | y = x W^T: converted weights go back to shared memory | M > 64 |
+| convert | the weight is written out in x's dtype, scaled and rounded once, for the vendor's matmul | M >= 256 |
+
+With few rows the time is that of reading the weights, so K is split until every multiprocessor has several blocks, and
+many stages keep enough bytes under way. From 1024 rows on, writing a weight out costs less than a slower product does.
+
+With four warps or more Triton takes Hopper's wgmma, of whose operand a lane holds columns 2 l, 2 l + 1, 2 l + 8 and
+2 l + 9 of 16. A word holds four neighbours, so that its order would cost two byte permutations a weight. K may be
+summed in any order: a lane takes the words that it loads, and x is read in the order this makes (`fragment_columns`)
+or, where it is long, has its columns permuted in memory first: 3.3 instructions a weight instead of 5.7 to 7.1.
+Instructions of a warp (fewer warps, other devices) and weights without whole words have Triton's own order.
 
 The conversion is inline PTX on NVIDIA. To bfloat16, 2 instructions a weight: 0x4300 is 128.0, with a step of 1 in its
 last bit, and 0x4380 is 256.0, so with the byte's low bits v and its sign bit s, (0x4300 | v) - (0x4300 | s << 7) is
 v - 128 s. To float16, 1.25: 0x6400 | (byte ^ 0x80) is 1152 more than the code. Triton's own conversion is as good to
 bfloat16 from sm_90 on; elsewhere it is I2F, of which a multiprocessor does about as many as the memory has weights.
 
-Left out: float32 activations (a bfloat16 or tf32 product would not be float32's), converting the whole weight once for
-very many rows.
+Left out: float32 activations (a bfloat16 or tf32 product would not be float32's); scales on the result of "convert",
+which would be exact, but a pass over y, and in float16 could overflow before it.
+Source of the permuted columns: Marlin (arXiv 2408.11743, section 4), which permutes weights instead.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
+import functools
 from dataclasses import replace
 
 import torch
@@ -28,133 +36,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowprec_kernels.triton_common import finish_tile, on_device, on_nvidia, split_buffers, tile_of
+from lowprec_kernels.triton_common import on_device, on_nvidia, split_buffers
+from lowprec_kernels.triton_w8a16_kernels import BYTES, CHUNK, PERMUTED, READ_PERMUTED, convert_kernel, w8a16_kernel
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 STRAIGHT = "straight"
+CONVERT = "convert"
+HOPPER = 9
+WARPGROUP = 4
+# From so many rows in a tile on, x is permuted in memory instead of while it is read, four bytes at a time.
+LONG_M = 64
+# Offsets within a tile are 32 bits wide, and a tile has at most 256 rows.
+LONGEST_STRIDE = 1 << 22
 MOST_SPLITS = 16
 # Multiprocessors that the first guess fills (H100); another device's count only moves the guess.
 MULTIPROCESSORS = 132
 MULTIPROCESSOR_BYTES = 228 << 10
 # What CUDA keeps of each block's shared memory.
 RESERVED_BYTES = 1 << 10
-# Four int8 in $2 -> two pairs of floats. 0xBF80 is -1 in bfloat16: sm_80 has fma in pairs, but no subtraction.
-TO_BFLOAT16 = tl.constexpr("""{
-    .reg .b32 low, high, low_sign, high_sign, minus;
-    prmt.b32 low, $2, 0, 0x4140;
-    prmt.b32 high, $2, 0, 0x4342;
-    lop3.b32 low_sign, low, 0x00800080, 0x43004300, 0xEA;
-    lop3.b32 high_sign, high, 0x00800080, 0x43004300, 0xEA;
-    lop3.b32 low, low, 0x007F007F, 0x43004300, 0xEA;
-    lop3.b32 high, high, 0x007F007F, 0x43004300, 0xEA;
-    mov.b32 minus, 0xBF80BF80;
-    fma.rn.bf16x2 $0, low_sign, minus, low;
-    fma.rn.bf16x2 $1, high_sign, minus, high;
-}""")
-TO_FLOAT16 = tl.constexpr("""{
-    .reg .b32 bytes, low, high, bias;
-    xor.b32 bytes, $2, 0x80808080;
-    prmt.b32 low, bytes, 0x64, 0x4140;
-    prmt.b32 high, bytes, 0x64, 0x4342;
-    mov.b32 bias, 0x64806480;
-    sub.rn.f16x2 $0, low, bias;
-    sub.rn.f16x2 $1, high, bias;
-}""")
-
-
-@triton.jit
-def converted(codes, dtype: tl.constexpr, ASM: tl.constexpr):
-    """int8 -> `dtype`, exact."""
-    if ASM and dtype == tl.bfloat16:
-        found = tl.inline_asm_elementwise(TO_BFLOAT16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
-    elif ASM:
-        found = tl.inline_asm_elementwise(TO_FLOAT16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
-    else:
-        found = codes.to(dtype)
-    return found
-
-
-@triton.jit
-def w8a16_kernel(
-    x,
-    w,
-    w_scale,
-    bias,
-    out,
-    workspace,
-    counters,
-    m,
-    n,
-    k,
-    stride_x,
-    stride_w,
-    stride_out,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """One tile of y, or a share of K of it: program (tile, split)."""
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    tile_m, tile_n = tile_of(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
-    rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_K)
-    share = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
-    first = split * share
-
-    # Rows of w beyond N are read as row 0 and not stored; rows of x beyond M are not even read.
-    at_x = x + rows_m.to(tl.int64) * stride_x + first
-    at_w = w + tl.where(rows_n < n, rows_n, 0).to(tl.int64) * stride_w + first
-    inside_m = rows_m < m
-    if SWAPPED:
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        pointers_x = at_x[None, :] + columns[:, None]
-        pointers_w = at_w[:, None] + columns[None, :]
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        pointers_x = at_x[:, None] + columns[None, :]
-        pointers_w = at_w[None, :] + columns[:, None]
-    for start in range(first, tl.minimum(first + share, k), BLOCK_K):
-        inside_k = start + columns < k
-        if SWAPPED:
-            mask_x = inside_m[None, :] if EVEN_K else inside_m[None, :] & inside_k[:, None]
-            mask_w = None if EVEN_K else inside_k[None, :]
-        else:
-            mask_x = inside_m[:, None] if EVEN_K else inside_m[:, None] & inside_k[None, :]
-            mask_w = None if EVEN_K else inside_k[:, None]
-        values = tl.load(pointers_x, mask=mask_x, other=0.0)
-        codes = tl.load(pointers_w, mask=mask_w, other=None if EVEN_K else 0)
-        weights = converted(codes, values.dtype, ASM)
-        acc = tl.dot(weights, values, acc) if SWAPPED else tl.dot(values, weights, acc)
-        pointers_x += BLOCK_K
-        pointers_w += BLOCK_K
-    finish_tile(
-        acc,
-        out,
-        None,
-        w_scale,
-        bias,
-        workspace,
-        counters,
-        rows_m,
-        rows_n,
-        m,
-        n,
-        stride_out,
-        1,
-        tile,
-        split,
-        BLOCK_M,
-        BLOCK_N,
-        SWAPPED,
-        SPLIT_K,
-    )
+# What "convert" writes in a program, in which every thread loads 8 bytes and stores 16.
+CONVERTED_TILE = 1024
+CONVERTING_WARPS = 4
+# The tile is nobody's: the vendor's matmul has its own.
+_CONVERT = Config(block_m=128, block_n=128, block_k=64, form=CONVERT)
+# A guess: from here on a pass that writes the weight out takes less time than a slower product loses.
+FIRST_CONVERTED = 1024
 
 
 def _split(problem: Problem, config: Config, blocks: int) -> int:
@@ -166,11 +72,11 @@ def _split(problem: Problem, config: Config, blocks: int) -> int:
 def _few_rows(problem: Problem) -> tuple[Config, ...]:
     block_m = max(8, triton.next_power_of_2(problem.m))
     # (block_n, block_k, warps, stages); from 64 rows on two warps would need more registers than there are.
-    shapes = [(64, 128, 2, 4), (64, 256, 2, 3), (64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 8, 3)]
+    shapes = [(64, 128, 2, 4), (64, 256, 2, 3), (128, 128, 4, 4), (256, 128, 8, 4), (256, 128, 4, 3), (128, 128, 8, 4)]
     if block_m <= 16:
         shapes.append((32, 256, 2, 4))
     if block_m >= 64:
-        shapes = [(64, 128, 4, 4), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4)]
+        shapes = [(128, 128, 4, 3), (256, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4)]
     found: list[Config] = []
     for block_n, block_k, warps, stages in shapes:
         whole = Config(block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
@@ -195,7 +101,9 @@ def _many_rows(problem: Problem) -> tuple[Config, ...]:
             # The end of a split tile of the large ones would spill registers.
             split = 1 if block_m * block_n > 128 * 128 else _split(problem, whole, MULTIPROCESSORS)
             found.append(replace(whole, split_k=split))
-    return tuple(found)
+    if problem.m < FIRST_CONVERTED:
+        return (*found, _CONVERT) if problem.m >= 256 else tuple(found)
+    return (_CONVERT, *found)
 
 
 def _candidates(problem: Problem) -> tuple[Config, ...]:
@@ -203,6 +111,7 @@ def _candidates(problem: Problem) -> tuple[Config, ...]:
 
 
 FAMILY = Family(name="w8a16", candidates=_candidates, bytes_x=2, bytes_w=1)
+FAMILIES = (FAMILY,)
 
 
 def _check(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
@@ -218,6 +127,58 @@ def _check(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> 
         raise ValueError(f"w_scale must be [{n}, 1] float32, not {w_scale.dtype} {tuple(w_scale.shape)}")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias must be [{n}], not {tuple(bias.shape)}")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """`matrix` with adjacent columns, and rows that 32-bit offsets reach."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) < LONGEST_STRIDE else matrix.contiguous()
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    """Whether a device multiplies with wgmma; the interpreter stands in for one that does."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def _order(x: Tensor, w_codes: Tensor, config: Config) -> tl.constexpr:
+    """The order that K is summed in."""
+    aligned = (w_codes.shape[1], w_codes.stride(0), w_codes.storage_offset(), w_codes.data_ptr())
+    words = all(number % 4 == 0 for number in aligned) and config.block_k % CHUNK.value == 0
+    if config.form == STRAIGHT or config.warps < WARPGROUP or not words or not _hopper(x.device):
+        return BYTES
+    return PERMUTED if config.block_m >= LONG_M else READ_PERMUTED
+
+
+def in_fragment_order(x: Tensor) -> Tensor:
+    """x [M, K] -> the same with its columns permuted as in `fragment_columns`, K filled up to whole chunks."""
+    m, k = x.shape
+    x = torch.nn.functional.pad(x, (0, -k % CHUNK.value)) if k % CHUNK.value else x
+    return x.reshape(m, -1, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(m, -1)
+
+
+def converted_weight(w_codes: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] int8 of adjacent columns, [N, 1] -> [N, K] `dtype`: codes times scales, rounded once."""
+    n, k = w_codes.shape
+    out = w_codes.new_empty((n, k), dtype=dtype)
+    columns = min(CONVERTED_TILE, triton.next_power_of_2(k))
+    rows = CONVERTED_TILE // columns
+    with on_device(w_codes):
+        convert_kernel[(triton.cdiv(n, rows) * triton.cdiv(k, columns),)](
+            w_codes,
+            w_scale.contiguous(),
+            out,
+            n,
+            k,
+            w_codes.stride(0),
+            ROWS=rows,
+            COLUMNS=columns,
+            EVEN_K=k % columns == 0,
+            ASM=on_nvidia(w_codes),
+            num_warps=CONVERTING_WARPS,
+        )
+    return out
 
 
 def w8a16_gemm(
@@ -236,14 +197,19 @@ def w8a16_gemm(
     if m == 0 or n == 0:
         return out
     config = config or config_for(FAMILY, Problem(m=m, n=n, k=k), x.device)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    w_codes = w_codes if w_codes.stride(1) == 1 else w_codes.contiguous()
+    w_codes = _dense(w_codes)
+    if config.form == CONVERT:
+        weight = converted_weight(w_codes, w_scale, x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    order = _order(x, w_codes, config)
+    x = in_fragment_order(x) if order == PERMUTED else _dense(x)
+    w = w_codes if order == BYTES else w_codes.view(torch.int32)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     workspace, counters = split_buffers(x, tiles, config, torch.float32)
     with on_device(x):
         w8a16_kernel[(tiles, config.split_k)](
             x,
-            w_codes,
+            w,
             w_scale.contiguous(),
             None if bias is None else bias.contiguous(),
             out,
@@ -253,7 +219,7 @@ def w8a16_gemm(
             n,
             k,
             x.stride(0),
-            w_codes.stride(0),
+            w.stride(0),
             out.stride(0),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -261,6 +227,7 @@ def w8a16_gemm(
             SPLIT_K=config.split_k,
             GROUP_M=config.group_m,
             SWAPPED=config.form != STRAIGHT,
+            ORDER=order,
             EVEN_K=k % config.block_k == 0,
             ASM=on_nvidia(x),
             num_warps=config.warps,

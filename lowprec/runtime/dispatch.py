@@ -171,7 +171,7 @@ class KernelTable:
         m = BUCKET_M[bucket]
         found = measure_kernels(
             {scheme.name: list(forms.values())}, {scheme.name: scheme}, n, k, m,
-            dtype=self.dtype, seconds_per_candidate=0.03,
+            dtype=self.dtype, seconds_per_candidate=0.03, device=self.device,
         )  # fmt: skip
         name = min(found, key=lambda key: found[key].p50_us)[1]
         log.info("kernel %s chosen for %s at N=%d K=%d M=%d by timing it now", name, scheme.name, n, k, m)

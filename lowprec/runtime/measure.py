@@ -1,8 +1,8 @@
 """Times the kernels of several schemes against each other on one shape, weights cold, activations quantised inside.
 
-First a screening on at most 256 rows of the weight, warm, throws out forms that are more than three times slower than
-their scheme's best (a cold cache has been seen to change ratios by two, not by three). What is left, at most
-two forms a scheme, runs interleaved at full size.
+On a CPU first a screening on at most 256 rows of the weight, warm, throws out forms that are more than three times
+slower than their scheme's best (a cold cache has been seen to change ratios by two, not by three). What is left, at
+most two forms a scheme, runs interleaved at full size. On a GPU all forms are captured in graphs (`timing_cuda.py`).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.records import Scheme
-from lowprec_kernels import timing
+from lowprec_kernels import timing, timing_cuda
 from lowprec_kernels.kernel import Kernel, Operands, State
 from lowprec_kernels.packing import pack_int4
 from lowprec_kernels.timing import Timing
@@ -22,11 +22,27 @@ SCREEN_ROWS = 256
 SCREEN_RATIO = 3.0
 FINALISTS = 2
 STATIC_SCALE = 1.0 / 32.0
+GPU_ROTATION_BYTES = 4 << 30
 Key = tuple[str, str]
 
 
-def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0) -> Operands:
+def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0, device: str = "cpu") -> Operands:
     """Random codes [n, k] of a resolved `scheme`, for timing; a static scheme gets a fixed activation scale."""
+    made = _random_operands(scheme, n, k, seed)
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return dataclasses.replace(
+        made,
+        codes=made.codes.to(device),
+        scale=moved(made.scale),
+        zero=moved(made.zero),
+        activation_scale=moved(made.activation_scale),
+    )
+
+
+def _random_operands(scheme: Scheme, n: int, k: int, seed: int) -> Operands:
     generator = torch.Generator().manual_seed(seed)
     if scheme.weight is None:
         return Operands(weight="bf16", codes=torch.randn(n, k, generator=generator, dtype=torch.bfloat16))
@@ -96,6 +112,7 @@ def measure_kernels(
     dtype: torch.dtype = torch.bfloat16,
     seconds_per_candidate: float = 0.15,
     min_runs: int = 3,
+    device: str = "cpu",
 ) -> dict[Key, Timing]:
     """Times x[m, k] @ w[n, k]^T for every scheme, all interleaved.
 
@@ -103,24 +120,31 @@ def measure_kernels(
         forms: name -> the kernels that can run the scheme at this shape.
         schemes: name -> resolved scheme.
         dtype: of the activations.
+        device: device type that the kernels run on.
 
     Returns:
         (name, kernel) -> its time, for the kernels that passed the screening.
     """
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    on_gpu = device == "cuda"
     with torch.inference_mode():
-        finalists = {name: _screen(schemes[name], kernels, n, k, x) for name, kernels in forms.items()}
+        # A GPU has few forms, and a graph of a few rows tells little of the whole.
+        finalists = {n_: list(ks) if on_gpu else _screen(schemes[n_], ks, n, k, x) for n_, ks in forms.items()}
         per_round = sum(kernel.bytes_per_weight * n * k for chosen in finalists.values() for kernel in chosen)
-        copies = timing.copies_for(per_round)
+        cache = torch.cuda.get_device_properties(x.device).L2_cache_size if on_gpu else None
+        copies = timing.copies_for(per_round, cache, GPU_ROTATION_BYTES if on_gpu else timing.MEMORY_LIMIT_BYTES)
         runs: dict[str, Callable[[int], object]] = {}
         keys: dict[str, Key] = {}
         for name, chosen in finalists.items():
-            operands = random_operands(schemes[name], n, k)
+            operands = random_operands(schemes[name], n, k, device=device)
             for kernel in chosen:
                 label = f"{name}/{kernel.name}"
                 keys[label] = (name, kernel.name)
                 runs[label] = _candidate(kernel, independent_states(kernel, operands, copies), x)
-        found = timing.time_interleaved(
-            runs, copies=copies, seconds_per_candidate=seconds_per_candidate, min_runs=min_runs
-        )
+        if on_gpu:
+            found = timing_cuda.time_graphed(runs, copies=copies, sample_ms=seconds_per_candidate * 1e3)
+        else:
+            found = timing.time_interleaved(
+                runs, copies=copies, seconds_per_candidate=seconds_per_candidate, min_runs=min_runs
+            )
     return {keys[label]: value for label, value in found.items()}

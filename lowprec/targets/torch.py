@@ -3,7 +3,7 @@
 Per-kernel times come from `lowprec.runtime.measure` (cold weights, all schemes of a shape interleaved, activation
 quantisation inside). A table in rows of two widths takes the time of its two parts, each measured at its own size.
 `bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole causal model with its KV
-cache. The CUDA kernels are not there yet: a CUDA device is refused.
+cache. On a GPU the kernels are timed in CUDA graphs; a device that is not there is refused.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class TorchTarget:
     """Torch on this machine.
 
     Args:
-        device: "cpu".
+        device: "cpu" or "cuda".
         dtype: of the activations between the layers.
         seconds_per_sample: time spent on each candidate kernel, on average.
 
@@ -53,6 +53,8 @@ class TorchTarget:
                 f"target torch cannot run on device {device!r}",
                 (f"no quantised kernels for it in this version; there are some for: {', '.join(here)}",),
             )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError("target torch cannot run on device 'cuda'", ("torch finds no CUDA device here",))
         self._device, self.dtype, self.seconds_per_sample = device, dtype, seconds_per_sample
 
     @property
@@ -63,6 +65,8 @@ class TorchTarget:
     @property
     def device(self) -> str:
         """Device and processor."""
+        if self._device == "cuda":
+            return f"cuda ({torch.cuda.get_device_name()})"
         threads = torch.get_num_threads()
         capability = torch.backends.cpu.get_cpu_capability()
         return f"{self._device} ({platform.machine()}, {capability}, {threads} threads)"
@@ -101,7 +105,14 @@ class TorchTarget:
             forms = {name: automatic(scheme, n, k, self._device) for name, scheme in resolved.items()}
             for m in ms:
                 found = measure_kernels(
-                    forms, resolved, n, k, m, dtype=self.dtype, seconds_per_candidate=self.seconds_per_sample
+                    forms,
+                    resolved,
+                    n,
+                    k,
+                    m,
+                    dtype=self.dtype,
+                    seconds_per_candidate=self.seconds_per_sample,
+                    device=self._device,
                 )
                 for name, scheme in resolved.items():
                     mine = {kernel: t for (owner, kernel), t in found.items() if owner == name}
@@ -170,6 +181,7 @@ def measure_end_to_end(
     if vocabulary is None:
         raise ModelError(f"{type(model).__name__} has no config with vocab_size: only causal models can be timed")
     tokens = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(getattr(model, "device", "cpu"))
     forward = _Cached(model)
     deadline = clock() + seconds
     prefill: list[float] = []
@@ -209,6 +221,8 @@ class _Cached:
     def __call__(self, tokens: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """[B, T] token ids after what the cache holds -> logits of the last position, and the cache."""
         output = self._model(input_ids=tokens, use_cache=True, **{self._name: cache}, **self._extra)
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
         filled = getattr(output, self._name, None)
         if filled is None:
             raise ModelError(
