@@ -11,7 +11,7 @@ from lowprec_kernels.kernel import ActivationKind
 from lowprec_kernels.reference import FP8_MAX, INT8_MAX, TINY_SCALE
 from lowprec_kernels.triton_cast import Quantized, quantize
 from lowprec_kernels.triton_common import counters
-from lowprec_kernels.triton_w8a16 import CONVERT, STRAIGHT, converted_weight, w8a16_gemm
+from lowprec_kernels.triton_w8a16 import CONVERT, READ, STRAIGHT, converted_weight, w8a16_gemm
 from lowprec_kernels.tuning import Config, Family, Problem
 from torch import Tensor
 
@@ -217,6 +217,7 @@ FORMS = [
     # Words, x read permuted and permuted in memory.
     Config(block_m=16, block_n=64, block_k=64, group_m=2),
     Config(block_m=16, block_n=64, block_k=128, split_k=3),
+    Config(block_m=64, block_n=64, block_k=128, form=READ),
     Config(block_m=64, block_n=64, block_k=128, split_k=2),
 ]
 

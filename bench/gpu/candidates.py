@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.gpu.setting import Setting
 from lowprec_kernels import reference
 from lowprec_kernels.packing import CHUNK, PLANE, words_for
+from lowprec_kernels.triton_w4 import scale_layout
 from lowprec_kernels.tuning import Config, Family, Problem
 
 Tensors = tuple[Tensor, ...]
@@ -210,9 +211,12 @@ def make_weight(op: Op, case: Case, setting: Setting) -> Tensors:
         blocks = (*rows[:-1], -(-n // BLOCK), -(-k // BLOCK))
         return _fp8(setting, *rows, k), _scales(setting, *blocks)
     words, scale = _words(setting, *rows, k=k), _scales(setting, *rows, k // op.group)
+    if not op.experts:
+        # As a layer holds them: `triton_kernels` lays scales and zero points out once.
+        scale = scale_layout(scale)
     if op.weight == "int4":
         return words, scale
-    zero = torch.randint(-8, 8, (*rows, k // op.group), device=setting.device, dtype=torch.int8)
+    zero = torch.empty_like(scale, dtype=torch.int8).random_(-8, 8)
     if op.weight == "int4-zero":
         return words, scale, zero
     return words, _words(setting, *rows, k=k), scale, zero

@@ -65,11 +65,19 @@ def _multiple(of: int, name: str) -> Check:
 
 def _codes(state: State, x: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes, scale [M, 1]."""
+    codes, scale, _ = _codes_and_sums(state, x, kind, None)
+    return codes, scale
+
+
+def _codes_and_sums(
+    state: State, x: Tensor, kind: ActivationKind, group_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> codes, scale [M, 1], sums of the codes over groups where they are wanted and come for nothing."""
     static = state.operands.activation_scale
     if static is not None:
-        return reference.quantize_static(x, static, kind), static.expand(len(x), 1).contiguous()
-    found = quantize(x, kind)
-    return found.codes, found.scale
+        return reference.quantize_static(x, static, kind), static.expand(len(x), 1).contiguous(), None
+    found = quantize(x, kind, group_size=group_size)
+    return found.codes, found.scale, found.group_sums
 
 
 def _half(x: Tensor) -> Tensor:
@@ -148,8 +156,8 @@ def _w4a8_fp8(state: State, x: Tensor) -> Tensor:
     codes, scale = state.tensors
     o = state.operands
     group, out_dtype = o.group_size or PLANE, _out_dtype(x)
-    x_codes, x_scale = _codes(state, x, "fp8")
-    return w4a8_fp8_gemm(x_codes, x_scale, codes, scale, o.bias, group, out_dtype)
+    x_codes, x_scale, sums = _codes_and_sums(state, x, "fp8", group)
+    return w4a8_fp8_gemm(x_codes, x_scale, codes, scale, o.bias, group, out_dtype, sums)
 
 
 def _as_stored(operands: Operands) -> tuple[Tensor, ...]:

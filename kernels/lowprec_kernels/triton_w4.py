@@ -40,9 +40,9 @@ from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 
 def group_sums(x_codes: Tensor, group_size: int) -> Tensor:
-    """x_codes [M, K] -> [K / G, M] float32: sums over each group of columns."""
+    """x_codes [M, K] -> [M, K / G] float32: sums over each group of columns."""
     m, k = x_codes.shape
-    sums = torch.empty(k // group_size, m, dtype=torch.float32, device=x_codes.device)
+    sums = torch.empty(m, k // group_size, dtype=torch.float32, device=x_codes.device)
     block_m = 16
     with on_device(x_codes):
         sums_kernel[triton.cdiv(m, block_m), k // group_size](
@@ -299,6 +299,7 @@ def launch(
             w_scale.stride(0),
             w_scale.stride(1),
             out.stride(0),
+            *((0, 0) if x_sums is None else x_sums.stride()),
             GROUP=group_size,
             ORDER=order,
             FAST=on_nvidia(x),
@@ -368,7 +369,7 @@ def w4a8_fp8_gemm(
     x_sums: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """[M, K] e4m3, [M, 1], [N, words] int32, [N, K/G], [N]?; `x_sums` [K/G, M] as `group_sums` gives -> [M, N]."""
+    """[M, K] e4m3, [M, 1], [N, words] int32, [N, K/G], [N]?; `x_sums` [M, K/G] as `group_sums` gives -> [M, N]."""
     x_codes = _dense(x_codes)
     if x_sums is None and len(x_codes):
         x_sums = group_sums(x_codes, group_size)

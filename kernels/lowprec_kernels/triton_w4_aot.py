@@ -45,7 +45,7 @@ def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool
         "residual": nested, "zero": False, "x_scale": codes, "x_sums": kind == "*fp8e4nv", "bias": False,
         "workspace": config.split_k > 1, "counters": config.split_k > 1,
     }  # fmt: skip
-    integers = ("m", "n", "k", "stride_x", "stride_w", "stride_g", "stride_o")
+    integers = ("m", "n", "k", "stride_x", "stride_w", "stride_g", "stride_o", "stride_xm", "stride_xg")
     absent = {name for name, there in present.items() if not there}
     typed = {name: t for name, t in signature.items() if name not in absent} | dict.fromkeys(integers, "i32")
     step = 128 if group % 128 == 0 else CHUNK

@@ -45,16 +45,29 @@ def _group(s_at, z_at, offset, KIND: tl.constexpr):
 
 
 @triton.jit
-def _offset(x_sums, s_at, stride_g, m, rows_m, groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N, BLOCK_M]: what the offset of e4m3 operands adds to a row; scales [n, groups], sums [groups, m]."""
+def _offset(
+    x_sums,
+    stride_xm,
+    stride_xg,
+    s_at,
+    stride_g,
+    m,
+    rows_m,
+    groups,
+    split,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_M]: what the offset of e4m3 operands adds to this split; scales [n, groups], sums [m, groups]."""
     offset = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     at = tl.arange(0, 16)
-    for start in tl.range(0, groups, 16, num_stages=1):
+    for start in tl.range(split * 16, groups, SPLIT_K * 16, num_stages=1):
         inside = start + at < groups
         factors = tl.load(s_at[:, None] + ((start + at) * stride_g)[None, :], mask=inside[None, :], other=0.0).to(
             tl.float32
         )
-        places = (start + at).to(tl.int64)[:, None] * m + rows_m[None, :]
+        places = (start + at).to(tl.int64)[:, None] * stride_xg + rows_m.to(tl.int64)[None, :] * stride_xm
         sums = tl.load(x_sums + places, mask=inside[:, None] & (rows_m < m)[None, :], other=0.0)
         # Scales hold bfloat16 values, so tf32 holds them; the sums are taken in two parts that it holds.
         upper = sums.to(tl.bfloat16).to(tl.float32)
@@ -84,6 +97,8 @@ def w4_kernel(
     stride_s,
     stride_g,
     stride_o,
+    stride_xm,
+    stride_xg,
     GROUP: tl.constexpr,
     ORDER: tl.constexpr,
     FAST: tl.constexpr,
@@ -136,7 +151,8 @@ def w4_kernel(
             lo, hi = _operands(w + (w_at + step * UNITS), there, KIND, FAST, ORDER)
             group = start // GROUP
             factor, z = next_factor, next_z
-            # Those of the next step are on their way while this one is computed.
+            # Those of the next step are on their way while this one is computed. (Of later steps: a value that is
+            # carried over more than one trip of a loop keeps Triton from pipelining it.)
             ahead = start + STEP if part + 1 < PARTS else (block + SPLIT_K) * BLOCK_K
             next_factor, next_z = _group(s_at, z_at, tl.minimum(ahead // GROUP, groups - 1) * stride_g, KIND)
             if zero is not None:
@@ -168,8 +184,9 @@ def w4_kernel(
     if KIND == tl.int8:
         acc *= FACTOR_INT8
     elif KIND == tl.float8e4nv:
-        if split == 0:
-            acc -= _offset(x_sums, s_at, stride_g, m, rows_m, groups, BLOCK_M, BLOCK_N)
+        acc -= _offset(
+            x_sums, stride_xm, stride_xg, s_at, stride_g, m, rows_m, groups, split, SPLIT_K, BLOCK_M, BLOCK_N
+        )
         acc *= FACTOR_FP8
     if residual is not None:
         acc *= 1.0 / NESTED
@@ -181,12 +198,13 @@ def w4_kernel(
 
 @triton.jit
 def sums_kernel(x, out, m, k, stride_x, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """out [k / GROUP, m] = sums of x [m, k] over groups of columns."""
+    """out [m, k / GROUP] = sums of x [m, k] over groups of columns."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     at = x + rows.to(tl.int64)[:, None] * stride_x + columns[None, :]
     values = tl.load(at, mask=(rows < m)[:, None], other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(1).to(tl.int64) * m + rows, tl.sum(values, 1), mask=rows < m)
+    at = out + rows.to(tl.int64) * (k // GROUP) + tl.program_id(1)
+    tl.store(at, tl.sum(values, 1), mask=rows < m)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ one byte and becomes a float of x's dtype in registers, which is exact; the scal
 | form | operands | for |
 |---|---|---|
 | (none) | y^T = W x^T: weights, the tall side, go from the registers they are converted in to the multiplier | any M |
+| read | the same, and x is read in the order of K even where it has 64 rows or more in a tile (see below) | M <= 64 |
 | straight | y = x W^T: converted weights go back to shared memory | M > 64 |
 | convert | the weight is written out in x's dtype, scaled and rounded once, for the vendor's matmul | M >= 256 |
 
@@ -29,6 +30,7 @@ Source of the permuted columns: Marlin (arXiv 2408.11743, section 4), which perm
 """
 
 import functools
+import itertools
 from dataclasses import replace
 
 import torch
@@ -41,6 +43,7 @@ from lowprec_kernels.triton_w8a16_kernels import BYTES, CHUNK, PERMUTED, READ_PE
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 STRAIGHT = "straight"
+READ = "read"
 CONVERT = "convert"
 HOPPER = 9
 WARPGROUP = 4
@@ -70,16 +73,20 @@ def _split(problem: Problem, config: Config, blocks: int) -> int:
 
 
 def _few_rows(problem: Problem) -> tuple[Config, ...]:
-    block_m = max(8, triton.next_power_of_2(problem.m))
+    rows = max(8, triton.next_power_of_2(problem.m))
     # (block_n, block_k, warps, stages); from 64 rows on two warps would need more registers than there are.
-    shapes = [(64, 128, 2, 4), (64, 256, 2, 3), (128, 128, 4, 4), (256, 128, 8, 4), (256, 128, 4, 3), (128, 128, 8, 4)]
-    if block_m <= 16:
+    shapes = [(64, 128, 2, 4), (64, 256, 2, 3), (128, 128, 4, 4), (256, 128, 8, 4), (128, 128, 4, 5), (256, 64, 4, 4)]
+    if rows <= 8:
         shapes.append((32, 256, 2, 4))
-    if block_m >= 64:
-        shapes = [(128, 128, 4, 3), (256, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4)]
+    forms = [""]
+    if rows >= 64:
+        shapes = [(256, 128, 8, 3), (128, 128, 4, 3), (128, 128, 8, 4), (64, 128, 4, 4)]
+        forms = [READ, ""]
     found: list[Config] = []
-    for block_n, block_k, warps, stages in shapes:
-        whole = Config(block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
+    for (block_n, block_k, warps, stages), form in itertools.product(shapes, forms):
+        # With fewer than 16 rows Triton uses the instructions of a warp.
+        block_m = rows if warps < WARPGROUP else max(16, rows)
+        whole = Config(block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, form=form)
         # One stage is in registers: Triton holds stages - 1 tiles in shared memory.
         shared = FAMILY.shared_bytes(replace(whole, stages=stages - 1)) + RESERVED_BYTES
         resident = max(1, int(MULTIPROCESSOR_BYTES // shared))
@@ -91,15 +98,15 @@ def _few_rows(problem: Problem) -> tuple[Config, ...]:
 
 def _many_rows(problem: Problem) -> tuple[Config, ...]:
     # (block_m, block_n, block_k, warps, stages)
-    shapes = [(128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 128, 64, 4, 4)]
-    shapes += [(64, 128, 128, 8, 3), (128, 64, 128, 4, 3)] if problem.m <= 256 else []
+    shapes = [(128, 128, 64, 8, 4), (128, 128, 128, 8, 3)]
+    shapes += [(64, 128, 128, 8, 3), (64, 256, 128, 8, 3), (128, 64, 64, 4, 4)] if problem.m <= 256 else []
     large = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)] if problem.m > 256 else []
     found: list[Config] = []
     for block_m, block_n, block_k, warps, stages in [*shapes, *large]:
         for form in ("", STRAIGHT):
             whole = Config(block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, form=form)
             # The end of a split tile of the large ones would spill registers.
-            split = 1 if block_m * block_n > 128 * 128 else _split(problem, whole, MULTIPROCESSORS)
+            split = 1 if block_m * block_n > 64 * 32 * warps else _split(problem, whole, MULTIPROCESSORS)
             found.append(replace(whole, split_k=split))
     if problem.m < FIRST_CONVERTED:
         return (*found, _CONVERT) if problem.m >= 256 else tuple(found)
@@ -146,9 +153,9 @@ def _order(x: Tensor, w_codes: Tensor, config: Config) -> tl.constexpr:
     """The order that K is summed in."""
     aligned = (w_codes.shape[1], w_codes.stride(0), w_codes.storage_offset(), w_codes.data_ptr())
     words = all(number % 4 == 0 for number in aligned) and config.block_k % CHUNK.value == 0
-    if config.form == STRAIGHT or config.warps < WARPGROUP or not words or not _hopper(x.device):
+    if config.form == STRAIGHT or config.warps < WARPGROUP or config.block_m < 16 or not words or not _hopper(x.device):
         return BYTES
-    return PERMUTED if config.block_m >= LONG_M else READ_PERMUTED
+    return PERMUTED if config.block_m >= LONG_M and config.form != READ else READ_PERMUTED
 
 
 def in_fragment_order(x: Tensor) -> Tensor:

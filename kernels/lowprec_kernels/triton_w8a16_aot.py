@@ -8,37 +8,57 @@ holds for up to 64 rows in bfloat16, whose conversion alone is 2.
 from collections.abc import Iterator
 
 from lowprec_kernels.aot import TARGETS, AotCase
-from lowprec_kernels.triton_w8a16 import CONVERT, CONVERTED_TILE, CONVERTING_WARPS, FAMILY, LONG_M, STRAIGHT, WARPGROUP
+from lowprec_kernels.triton_w8a16 import (
+    CONVERT,
+    CONVERTED_TILE,
+    CONVERTING_WARPS,
+    FAMILY,
+    LONG_M,
+    READ,
+    STRAIGHT,
+    WARPGROUP,
+)
 from lowprec_kernels.triton_w8a16_kernels import BYTES, PERMUTED, READ_PERMUTED, convert_kernel, w8a16_kernel
 from lowprec_kernels.tuning import Config, Problem
 
 PROBLEMS = tuple(Problem(m=m, n=8192, k=8192) for m in (8, 16, 32, 64, 128, 512, 4096))
 HOPPER = "sm_90"
-OTHERS = tuple(target for target in TARGETS if target != HOPPER)
+AMD = "gfx942"
+OTHERS = tuple(target for target in TARGETS if target not in (HOPPER, AMD))
 MATRIX = {"sm_80": "HMMA.*BF16", "sm_89": "HMMA.*BF16", "sm_100": "UTCHMMA|HMMA.*BF16", "gfx942": "v_mfma_f32.*bf16"}
 # Shared memory of a block, in KB: what does not fit is not launched there.
 SHARED_KB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 # Rows of a tile -> instructions per weight on sm_90, at most.
-LIMITS = {8: 3.6, 16: 3.6, 32: 4.5, 64: 4.5}
+LIMITS = {8: 3.2, 16: 3.5, 32: 4.5, 64: 4.6}
 TYPES = {"x": "*bf16", "w_scale": "*fp32", "bias": "*bf16", "out": "*bf16", "workspace": "*fp32", "counters": "*i32"}
 
 
 def _order(config: Config, target: str) -> int:
     if target != HOPPER or config.form == STRAIGHT or config.warps < WARPGROUP:
         return int(BYTES.value)
-    return int((PERMUTED if config.block_m >= LONG_M else READ_PERMUTED).value)
+    return int((PERMUTED if config.block_m >= LONG_M and config.form != READ else READ_PERMUTED).value)
+
+
+def _spills(config: Config, target: str) -> bool:
+    """What is known to spill, elsewhere than on sm_90."""
+    if target == "sm_100":
+        return config.form == STRAIGHT and config.block_n == 256
+    if target == AMD:
+        return config.block_n == 32
+    return target in ("sm_80", "sm_89") and config.block_m == 256
 
 
 def _case(config: Config, targets: tuple[str, ...]) -> AotCase:
-    order, hopper = _order(config, targets[0]), targets == (HOPPER,)
+    order = _order(config, targets[0])
     absent = () if config.split_k > 1 else ("workspace", "counters")
     types = TYPES | {"w": "*i8" if order == BYTES.value else "*i32"}
     integers = ("m", "n", "k", "stride_x", "stride_w", "stride_out")
     signature = {name: t for name, t in types.items() if name not in absent} | dict.fromkeys(integers, "i32")
+    device = {HOPPER: "hopper", AMD: "amd"}.get(targets[0], "others")
     wgmma = "HGMMA.*BF16" if config.warps >= WARPGROUP else "HMMA.*BF16"
     return AotCase(
         name=f"w8a16 m{config.block_m} n{config.block_n} k{config.block_k} w{config.warps} s{config.stages} "
-        f"{'split' if config.split_k > 1 else ''}{config.form} {'hopper' if hopper else 'others'}",
+        f"{'split' if config.split_k > 1 else ''}{config.form} {device}",
         kernel=w8a16_kernel,
         signature=signature,
         constants=dict.fromkeys(absent, None)
@@ -51,8 +71,7 @@ def _case(config: Config, targets: tuple[str, ...]) -> AotCase:
             "SWAPPED": config.form != STRAIGHT,
             "ORDER": order,
             "EVEN_K": True,
-            # Inline PTX.
-            "ASM": True,
+            "ASM": targets[0] != AMD,
         },
         divisible=tuple(name for name in signature if name != "m"),
         warps=config.warps,
@@ -60,7 +79,11 @@ def _case(config: Config, targets: tuple[str, ...]) -> AotCase:
         expected=MATRIX | {HOPPER: wgmma},
         weights_per_trip=config.block_n * config.block_k,
         limits={HOPPER: LIMITS[config.block_m]} if config.block_m in LIMITS and config.form == "" else {},
-        targets=tuple(t for t in targets if FAMILY.shared_bytes(config) <= SHARED_KB[t] << 10),
+        targets=tuple(
+            target
+            for target in targets
+            if FAMILY.shared_bytes(config) <= SHARED_KB[target] << 10 and not _spills(config, target)
+        ),
     )
 
 
@@ -72,7 +95,7 @@ def _converting() -> AotCase:
         constants={"ROWS": 1, "COLUMNS": CONVERTED_TILE, "EVEN_K": True, "ASM": True},
         divisible=("w", "w_scale", "out", "n", "k", "stride_w"),
         warps=CONVERTING_WARPS,
-        targets=tuple(t for t in TARGETS if t.startswith("sm_")),
+        targets=(HOPPER, *OTHERS),
     )
 
 
@@ -81,8 +104,7 @@ def _cases() -> Iterator[AotCase]:
     for problem in PROBLEMS:
         for config in FAMILY.fitting(problem):
             if config.form != CONVERT:
-                yield _case(config, (HOPPER,))
-                yield _case(config, tuple(t for t in OTHERS if t.startswith("sm_")))
+                yield from (_case(config, targets) for targets in ((HOPPER,), OTHERS, (AMD,)))
 
 
 AOT = tuple({case.name: case for case in _cases()}.values())

@@ -164,7 +164,7 @@ def w8a16_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAPPED else [BLOCK_M, BLOCK_N], tl.float32)
     for start in range(first, tl.minimum(first + share, k), BLOCK_K):
         inside_k = known < k - start
-        inside_w = units * UNIT < k - start
+        inside_w = units < (k - start) // UNIT
         if SWAPPED:
             mask_x = inside_m[None, :] if EVEN_K else inside_m[None, :] & inside_k[:, None]
             mask_w = None if EVEN_K else inside_w[None, :]
