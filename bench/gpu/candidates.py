@@ -216,7 +216,7 @@ def make_weight(op: Op, case: Case, setting: Setting) -> Tensors:
         scale = scale_layout(scale)
     if op.weight == "int4":
         return words, scale
-    zero = torch.empty_like(scale, dtype=torch.int8).random_(-8, 8)
+    zero = torch.empty_like(scale).copy_(torch.randint(-8, 8, scale.shape, device=scale.device))
     if op.weight == "int4-zero":
         return words, scale, zero
     return words, _words(setting, *rows, k=k), scale, zero

@@ -242,6 +242,7 @@ def _candidates(problem: Problem) -> tuple[Config, ...]:
 
 
 FAMILY = Family(name="cast", candidates=_candidates, bytes_x=0, bytes_w=0)
+FAMILIES = (FAMILY,)
 
 
 def _check(

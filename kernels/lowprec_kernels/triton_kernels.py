@@ -22,7 +22,14 @@ from lowprec_kernels import reference
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind
 from lowprec_kernels.packing import CHUNK, PLANE
 from lowprec_kernels.triton_cast import quantize
-from lowprec_kernels.triton_w4 import scale_layout, unsupported, w4a8_fp8_gemm, w4a8_int8_gemm, w4a16_gemm
+from lowprec_kernels.triton_w4 import (
+    scale_layout,
+    unsupported,
+    w4a8_fp8_gemm,
+    w4a8_int8_gemm,
+    w4a16_gemm,
+    zero_layout,
+)
 from lowprec_kernels.triton_w8a8 import w8a8_fp8_gemm, w8a8_int8_gemm
 from lowprec_kernels.triton_w8a16 import w8a16_gemm
 
@@ -136,7 +143,7 @@ def _scaled_mm(state: State, x: Tensor) -> Tensor:
 def _int4_layout(operands: Operands) -> tuple[Tensor, ...]:
     scale = scale_layout(operands.scales())
     codes = operands.codes.contiguous()
-    return (codes, scale) if operands.zero is None else (codes, scale, operands.zero.t().contiguous().t())
+    return (codes, scale) if operands.zero is None else (codes, scale, zero_layout(operands.zero, scale))
 
 
 def _w4a16(state: State, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 
     level 4   c = q - z, scale s            reads the base alone: half the bytes
     level 8   c = 8 (q - z) + r, scale s/8  reads both; c fits in 8 bits, which bfloat16 holds exactly
 
-Left out: groups that are neither 32 nor a multiple of 64, zero points with quantised activations.
+Left out: groups that are no power of two from 32 on, zero points with quantised activations.
 Sources: Marlin (arXiv 2408.11743) for few rows; DeepSeek-V3 (arXiv 2412.19437, section 3.3) for sums of groups that
 are promoted to float32; GPTQ kernels at large and Marlin for scaled weights.
 """
@@ -55,7 +55,7 @@ def dequantize(w_packed: Tensor, w_scale: Tensor, group_size: int, w_zero: Tenso
     """[N, words] int32, [N, K/G], [N, K/G] int8 or None -> [N, K] `dtype`: codes times scales, rounded once."""
     n, k = w_packed.shape[0], w_scale.shape[1] * group_size
     out = torch.empty(n, k, dtype=dtype, device=w_packed.device)
-    w_packed, w_zero = w_packed.contiguous(), None if w_zero is None else _like(w_zero, w_scale)
+    w_packed, w_zero = w_packed.contiguous(), None if w_zero is None else zero_layout(w_zero, w_scale)
     block_n, chunks = 32, 4
     grid = triton.cdiv(n, block_n), triton.cdiv(triton.cdiv(k, CHUNK), chunks)
     with on_device(w_packed):
@@ -97,49 +97,66 @@ def _step(group_size: int) -> int:
     return 128 if group_size % 128 == 0 else CHUNK
 
 
-# For few rows: (block_n, warps, stages, blocks aimed at). With fewer than four warps the matrix instructions are those
-# of a warp, which take 16 x 8 of a tile at a time; Hopper's own take 64 rows of weights and, with few rows of x, wait
-# for their operands in registers.
+# For few rows: (block_n, warps, stages, blocks aimed at, steps of a trip). A trip of several steps reads more of a row
+# in one piece and asks for its scales earlier. With fewer than four warps the matrix instructions are those of a warp,
+# which take 16 x 8 of a tile at a time; Hopper's own take 64 rows of weights and, with few rows of x, wait for operands
+# in registers.
 _FEW_16_BIT = (
-    (64, 2, 4, 1056), (64, 2, 5, 792), (64, 2, 6, 528), (64, 2, 4, 528), (128, 2, 4, 528), (128, 2, 5, 396),
-    (64, 1, 4, 1056), (64, 1, 6, 528), (32, 1, 4, 1056), (32, 1, 6, 1056), (32, 1, 5, 2112),
-    (128, 4, 5, 396), (256, 8, 5, 132),
+    (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 264, 4), (32, 1, 3, 1056, 4), (64, 2, 4, 528, 2),
+    (64, 2, 3, 1056, 2), (64, 2, 5, 396, 2), (64, 2, 3, 528, 2), (128, 2, 3, 396, 2), (32, 1, 4, 1056, 2),
+    (128, 4, 3, 396, 2), (256, 8, 3, 132, 2), (256, 8, 4, 132, 2), (64, 2, 6, 528, 1), (64, 2, 4, 1056, 1),
+    (128, 4, 5, 396, 1), (128, 4, 6, 264, 1), (256, 8, 5, 132, 1),
 )  # fmt: skip
 _FEW_8_BIT = (
-    (128, 4, 5, 396), (128, 4, 6, 264), (128, 4, 4, 528), (128, 4, 3, 528), (256, 8, 5, 132), (256, 8, 4, 264),
+    (128, 4, 3, 264, 4), (128, 4, 2, 396, 4), (128, 4, 2, 528, 4), (128, 4, 3, 132, 4), (256, 8, 2, 132, 4),
+    (128, 4, 3, 396, 2), (128, 4, 4, 264, 2), (128, 4, 3, 528, 2), (256, 8, 3, 132, 2), (128, 4, 6, 264, 1),
 )  # fmt: skip
 # INT8 has matrix instructions of a warp; e4m3 would become fp16 with them on sm_90.
-_FEW_INT8 = (*_FEW_8_BIT, (64, 2, 4, 1056), (64, 2, 5, 792), (64, 2, 6, 528), (128, 2, 4, 528), (64, 1, 5, 792))
+_FEW_INT8 = (
+    *_FEW_8_BIT, (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 264, 4), (64, 2, 4, 528, 2), (64, 2, 3, 1056, 2),
+    (128, 2, 3, 396, 2),
+)  # fmt: skip
+# For more rows: (block_m, block_n, warps, stages, blocks aimed at, steps of a trip).
+_MIDDLE = (
+    (64, 128, 4, 3, 264, 1), (64, 128, 4, 3, 264, 2), (64, 128, 8, 3, 132, 2), (64, 64, 4, 3, 264, 2),
+    (64, 256, 8, 3, 132, 1), (128, 128, 8, 3, 132, 1), (64, 128, 4, 4, 132, 1), (64, 64, 4, 5, 396, 1),
+    (128, 64, 4, 3, 264, 1), (64, 128, 8, 4, 132, 1),
+)  # fmt: skip
 
 
-def _few_rows(problem: Problem, step: int, tiles: tuple[tuple[int, int, int, int], ...]) -> list[Config]:
+def _few_rows(
+    problem: Problem, step: int, tiles: tuple[tuple[int, int, int, int, int], ...], *, float_x: bool
+) -> list[Config]:
     """Up to 32 rows in one tile of rows, K split."""
     found = []
-    for number, (block_n, warps, stages, blocks) in enumerate(tiles):
+    for block_n, warps, stages, blocks, steps in tiles:
         # Instructions of a warpgroup have 16 rows of x at least where they are used at all.
         rows = next(r for r in (8 if warps < WARPGROUP else 16, 16, 32) if problem.m <= r or r == 32)
-        if rows == 32 and warps < WARPGROUP and block_n > 32 * warps:
+        if rows == 32 and (block_n * steps > 128 if warps < WARPGROUP else float_x and block_n * steps > 32 * warps):
             # It spills.
             continue
-        # Two steps to a trip of the loop halve what the loop itself costs, which short steps need.
-        block_k = 128 if step < 128 else 256 if number % 4 == 3 else 128
-        split = _splits(problem.n, problem.k, block_n, block_k, blocks)
+        split = _splits(problem.n, problem.k, block_n, steps * step, blocks)
         found.append(
-            Config(block_m=rows, block_n=block_n, block_k=block_k, warps=warps, stages=stages, split_k=split, group_m=1)
-        )
+            Config(
+                block_m=rows, block_n=block_n, block_k=steps * step, warps=warps, stages=stages, split_k=split,
+                group_m=1,
+            )
+        )  # fmt: skip
     return list(dict.fromkeys(found))
 
 
 def _middle(problem: Problem, step: int, *, float_x: bool) -> list[Config]:
     """Up to a few hundred rows: exact sums of groups, K split where tiles alone do not fill a device."""
     found = []
-    for block_m, block_n, warps, stages, blocks in (
-        (64, 128, 4, 3, 264), (64, 128, 8, 4, 132), (64, 64, 4, 4, 264), (64, 256, 8, 3, 132), (128, 128, 8, 3, 132),
-        (64, 128, 4, 4, 132), (64, 64, 4, 5, 396), (128, 64, 4, 3, 264),
-    ):  # fmt: skip
+    for block_m, block_n, warps, stages, blocks, steps in _MIDDLE:
+        if float_x and steps > 1 and block_n > 16 * warps:
+            # It spills.
+            continue
         rows = triton.cdiv(problem.m, block_m)
-        split = _splits(problem.n * rows, problem.k, block_n, step, blocks)
-        config = Config(block_m=block_m, block_n=block_n, block_k=step, warps=warps, stages=stages, split_k=split)
+        split = _splits(problem.n * rows, problem.k, block_n, steps * step, blocks)
+        config = Config(
+            block_m=block_m, block_n=block_n, block_k=steps * step, warps=warps, stages=stages, split_k=split
+        )
         found.append(config)
         if float_x and (block_m, block_n, warps) == (LONG_M, 128, 8):
             found.append(replace(config, form=READ_PERMUTED))
@@ -180,7 +197,7 @@ def family(name: str, group_size: int, bytes_x: float = 2.0, bytes_w: float = 0.
 
     def candidates(problem: Problem) -> list[Config]:
         if problem.m <= 32:
-            return _few_rows(problem, step, tiles)
+            return _few_rows(problem, step, tiles, float_x=float_x)
         found = _middle(problem, step, float_x=float_x)
         if not float_x:
             return found
@@ -203,9 +220,9 @@ _BY_NAME = {found.name: found for found in FAMILIES}
 
 def unsupported(group_size: int) -> str | None:
     """None, or why these kernels cannot take groups of this size."""
-    if group_size == PLANE or group_size % CHUNK == 0:
+    if group_size >= PLANE and group_size & (group_size - 1) == 0:
         return None
-    return f"the Triton kernels take groups of {PLANE} or a multiple of {CHUNK} columns, not {group_size}"
+    return f"the Triton kernels take groups of a power of two of columns, {PLANE} at least, not {group_size}"
 
 
 def family_of(dtype: torch.dtype, group_size: int) -> Family:
@@ -229,11 +246,11 @@ def scale_layout(w_scale: Tensor) -> Tensor:
     return (short if torch.equal(short.to(w_scale.dtype), w_scale) else w_scale).t().contiguous().t()
 
 
-def _like(zero: Tensor, scale: Tensor) -> Tensor:
-    """`zero` with the strides of `scale`."""
-    if zero.stride() == scale.stride():
+def zero_layout(zero: Tensor, scale: Tensor) -> Tensor:
+    """Zero points as the kernels read them: in strides and dtype of the scales."""
+    if zero.stride() == scale.stride() and zero.dtype == scale.dtype:
         return zero
-    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero.dtype, device=zero.device).copy_(zero)
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=scale.dtype, device=zero.device).copy_(zero)
 
 
 def _order(x: Tensor, config: Config) -> tl.constexpr:
@@ -269,10 +286,12 @@ def launch(
         return out
     config = config or config_for(family, Problem(m=m, n=n, k=k), x.device)
     w_packed = w_packed.contiguous()
-    w_zero = None if w_zero is None else _like(w_zero, w_scale)
+    w_zero = None if w_zero is None else zero_layout(w_zero, w_scale)
     if config.form == "dequantize":
         dense = dequantize(w_packed, w_scale, group_size, w_zero, x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+    if config.block_k % group_size and group_size % config.block_k:
+        raise ValueError(f"steps of {config.block_k} columns do not fit groups of {group_size}")
     order = _order(x, config)
     x = in_fragment_order(x) if order == PERMUTED_X else _dense(x)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -326,7 +345,7 @@ def w4a16_gemm(
     w_zero: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """x [M, K] bfloat16 or float16, [N, words] int32, [N, K/G], [N]?, [N, K/G]? int8 -> [M, N] in x's dtype."""
+    """x [M, K] bfloat16 or float16, [N, words] int32, [N, K/G], [N]?, [N, K/G]? -> [M, N] in x's dtype."""
     return launch(
         family_of(x.dtype, group_size), x, None, None, w_packed, w_scale, bias, group_size, w_zero, x.dtype, config
     )

@@ -37,7 +37,7 @@ def _type_of(family: Family) -> str:
 def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool) -> AotCase:
     codes, nested = kind in ("*i8", "*fp8e4nv"), family.name.startswith("nested8")
     signature = {
-        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*bf16", "zero": "*i8",
+        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*bf16", "zero": "*bf16",
         "x_scale": "*fp32", "x_sums": "*fp32", "bias": "*fp32", "out": "*bf16" if codes else kind,
         "workspace": "*fp32", "counters": "*i32",
     }  # fmt: skip

@@ -38,10 +38,26 @@ def _operands(at, there, KIND: tl.constexpr, FAST: tl.constexpr, ORDER: tl.const
 
 
 @triton.jit
-def _group(s_at, z_at, offset, KIND: tl.constexpr):
-    """Scales [BLOCK_N] float32 of a group and its zero points as KIND, the scales again where there are none."""
-    factor = tl.load(s_at + offset).to(tl.float32)
-    return factor, factor if z_at is None else tl.load(z_at + offset).to(KIND)
+def _groups(s_at, z_at, first, groups, stride_g, COUNT: tl.constexpr, KIND: tl.constexpr):
+    """Scales [BLOCK_N, COUNT] float32 from group `first` on; zero points as KIND, or the scales again."""
+    at = (tl.minimum(first + tl.arange(0, COUNT), groups - 1) * stride_g)[None, :]
+    factors = tl.load(s_at[:, None] + at).to(tl.float32)
+    return factors, factors if z_at is None else tl.load(z_at[:, None] + at).to(KIND)
+
+
+@triton.jit
+def _column(tile, place: tl.constexpr):
+    """Column `place` of a tile whose rows lie in one thread each: chosen when compiled."""
+    bits = tile.to(tl.int32, bitcast=True) if tile.dtype == tl.float32 else tile.to(tl.int16, bitcast=True)
+    chosen = tl.arange(0, tile.shape[1])[None, :] == place
+    return tl.sum(tl.where(chosen, bits, 0), 1).to(bits.dtype).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
+def _group(factors, zeros, place: tl.constexpr, ZEROS: tl.constexpr):
+    """Scales [BLOCK_N] and zero points of one group of `_groups`."""
+    factor = _column(factors, place)
+    return factor, _column(zeros, place) if ZEROS else factor
 
 
 @triton.jit
@@ -117,6 +133,7 @@ def w4_kernel(
     SUM: tl.constexpr = tl.int32 if KIND == tl.int8 else tl.float32
     UNITS: tl.constexpr = HALF // 4 if KIND == tl.bfloat16 or KIND == tl.float16 else HALF
     PARTS: tl.constexpr = BLOCK_K // STEP
+    COUNT: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tile, split = tl.program_id(0), tl.program_id(1)
     tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -132,11 +149,17 @@ def w4_kernel(
     s_at = scale + safe_n * stride_s
     z_at = None if zero is None else zero + safe_n * stride_s
     groups = k // GROUP
-    next_factor, next_z = _group(s_at, z_at, tl.minimum(split * BLOCK_K // GROUP, groups - 1) * stride_g, KIND)
+    ahead = split * BLOCK_K // GROUP
+    next_factors, next_zeros = _groups(s_at, z_at, ahead, groups, stride_g, COUNT, KIND)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(split, tl.cdiv(k, BLOCK_K), SPLIT_K):
+        # Scales of the next trip are asked for now: a load waits in memory's queue behind all the weights that were
+        # asked for before it, and Triton itself copies ahead only what products are made of.
+        factors, zeros = next_factors, next_zeros
+        ahead = (block + SPLIT_K) * BLOCK_K // GROUP
+        next_factors, next_zeros = _groups(s_at, z_at, ahead, groups, stride_g, COUNT, KIND)
         for part in tl.static_range(PARTS):
             step = block * PARTS + part
             start = step * STEP
@@ -149,12 +172,7 @@ def w4_kernel(
                 x_hi = tl.load(x_at + (start + 32), mask=inside & (columns[:, None] < k - start - 32), other=0.0)
                 there = units + step * UNITS < stride_w
             lo, hi = _operands(w + (w_at + step * UNITS), there, KIND, FAST, ORDER)
-            group = start // GROUP
-            factor, z = next_factor, next_z
-            # Those of the next step are on their way while this one is computed. (Of later steps: a value that is
-            # carried over more than one trip of a loop keeps Triton from pipelining it.)
-            ahead = start + STEP if part + 1 < PARTS else (block + SPLIT_K) * BLOCK_K
-            next_factor, next_z = _group(s_at, z_at, tl.minimum(ahead // GROUP, groups - 1) * stride_g, KIND)
+            factor, z = _group(factors, zeros, part * STEP // GROUP, zero is not None)
             if zero is not None:
                 lo -= z[:, None]
             if residual is not None:
@@ -169,7 +187,7 @@ def w4_kernel(
                 # Each plane of a chunk is a group.
                 if not SCALED:
                     acc += sums.to(tl.float32) * factor[:, None]
-                factor, z = _group(s_at, z_at, tl.minimum(group + 1, groups - 1) * stride_g, KIND)
+                factor, z = _group(factors, zeros, part * STEP // GROUP + 1, zero is not None)
                 sums = none
             if zero is not None:
                 hi -= z[:, None]

@@ -16,7 +16,7 @@ many stages keep enough bytes under way. From 1024 rows on, writing a weight out
 With four warps or more Triton takes Hopper's wgmma, of whose operand a lane holds columns 2 l, 2 l + 1, 2 l + 8 and
 2 l + 9 of 16. A word holds four neighbours, so that its order would cost two byte permutations a weight. K may be
 summed in any order: a lane takes the words that it loads, and x is read in the order this makes (`fragment_columns`)
-or, where it is long, has its columns permuted in memory first: 3.3 instructions a weight instead of 5.7 to 7.1.
+or, where it is long, has its columns permuted in memory first: 3 to 4 instructions a weight instead of 6 to 7.
 Instructions of a warp (fewer warps, other devices) and weights without whole words have Triton's own order.
 
 The conversion is inline PTX on NVIDIA. To bfloat16, 2 instructions a weight: 0x4300 is 128.0, with a step of 1 in its

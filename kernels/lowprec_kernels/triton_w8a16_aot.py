@@ -40,9 +40,10 @@ def _order(config: Config, target: str) -> int:
 
 
 def _spills(config: Config, target: str) -> bool:
-    """What is known to spill, elsewhere than on sm_90."""
+    """What is known to spill with Triton 3.6 or 3.9, elsewhere than on sm_90."""
     if target == "sm_100":
-        return config.form == STRAIGHT and config.block_n == 256
+        straight = config.form == STRAIGHT and (config.block_n == 256 or config.block_m == 64)
+        return straight or (config.block_m, config.block_k) in ((32, 256), (128, 128))
     if target == AMD:
         return config.block_n == 32
     return target in ("sm_80", "sm_89") and config.block_m == 256
