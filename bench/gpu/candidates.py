@@ -18,7 +18,6 @@ from torch import Tensor
 from bench.gpu.setting import Setting
 from lowprec_kernels import reference
 from lowprec_kernels.packing import CHUNK, PLANE, words_for
-from lowprec_kernels.triton_w4 import scale_layout
 from lowprec_kernels.tuning import Config, Family, Problem
 
 Tensors = tuple[Tensor, ...]
@@ -210,13 +209,14 @@ def make_weight(op: Op, case: Case, setting: Setting) -> Tensors:
     if op.weight == "fp8-block":
         blocks = (*rows[:-1], -(-n // BLOCK), -(-k // BLOCK))
         return _fp8(setting, *rows, k), _scales(setting, *blocks)
-    words, scale = _words(setting, *rows, k=k), _scales(setting, *rows, k // op.group)
-    if not op.experts:
-        # As a layer holds them: `triton_kernels` lays scales and zero points out once.
-        scale = scale_layout(scale)
+    words, groups = _words(setting, *rows, k=k), k // op.group
+    if op.experts:
+        return words, _scales(setting, *rows, groups)
+    # As `triton_w4.scale_layout` lays them out once for a layer: rows of w adjacent, bfloat16.
+    scale = _scales(setting, groups, n).to(torch.bfloat16).t()
     if op.weight == "int4":
         return words, scale
-    zero = torch.empty_like(scale).copy_(torch.randint(-8, 8, scale.shape, device=scale.device))
+    zero = torch.randint(-8, 8, (groups, n), device=setting.device).to(torch.bfloat16).t()
     if op.weight == "int4-zero":
         return words, scale, zero
     return words, _words(setting, *rows, k=k), scale, zero

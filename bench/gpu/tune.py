@@ -8,6 +8,7 @@ entries measured here put in; it is written after every problem, by the one proc
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ VERIFIED_ROWS = 256
 HOPELESS = 6.0
 FIRST_SHAPES = 5
 FIRST_ROWS = 5
+# Names a pattern of tasks ("w4a16.* 16x8192"): no others are tuned.
+ONLY = "LOWPREC_TUNE_ONLY"
 
 
 Configured = Callable[[int, Config], object]
@@ -52,6 +55,11 @@ class Task:
 
 def tasks(setting: Setting) -> list[Task]:
     """All problems, most wanted first: the first shapes in the first buckets, then other shapes, then other buckets."""
+    wanted = re.compile(os.environ.get(ONLY, ""))
+    return [task for task in _all_tasks(setting) if wanted.search(task.key)]
+
+
+def _all_tasks(setting: Setting) -> list[Task]:
     main = [op for op in OPS if op.main and op.missing() is None]
     others = [op for op in OPS if not op.main and not op.experts and op.missing() is None]
     shapes, rows = setting.shapes, setting.tune_rows

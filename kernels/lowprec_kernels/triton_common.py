@@ -29,11 +29,22 @@ from torch import Tensor
 from lowprec_kernels.tuning import Config
 
 MOST_SPLIT_TILES = 1 << 16
+# Major compute capability of sm_90, and the warps that one of its matrix instructions takes.
+HOPPER = 9
+WARPGROUP = 4
 
 
 def on_nvidia(x: Tensor) -> bool:
     """Whether kernels on x may hold inline PTX (not on AMD, not in the interpreter)."""
     return x.is_cuda and torch.version.hip is None
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device multiplies with wgmma; the interpreter stands in for one that does."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowprec_kernels.packing import CHUNK, PLANE
-from lowprec_kernels.triton_common import on_device, on_nvidia, split_buffers
+from lowprec_kernels.triton_common import WARPGROUP, is_hopper, on_device, on_nvidia, split_buffers
 from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, dequantize_kernel, sums_kernel, w4_kernel
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
@@ -76,8 +76,6 @@ def in_fragment_order(x: Tensor) -> Tensor:
     return x.reshape(m, -1, PLANE // 8, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(m, -1)
 
 
-HOPPER = 9
-WARPGROUP = 4
 # Splits of K that are compiled for: each is a variant of its own.
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # From so many rows in a tile on, x is permuted in memory instead of while it is read.
@@ -132,7 +130,7 @@ def _few_rows(
     for block_n, warps, stages, blocks, steps in tiles:
         # Instructions of a warpgroup have 16 rows of x at least where they are used at all.
         rows = next(r for r in (8 if warps < WARPGROUP else 16, 16, 32) if problem.m <= r or r == 32)
-        if rows == 32 and (block_n * steps > 128 if warps < WARPGROUP else float_x and block_n * steps > 32 * warps):
+        if rows == 32 and float_x and (warps == 1 or block_n > 32 * warps or steps > (1 if warps == 4 else 2)):
             # It spills.
             continue
         split = _splits(problem.n, problem.k, block_n, steps * step, blocks)
@@ -256,7 +254,7 @@ def zero_layout(zero: Tensor, scale: Tensor) -> Tensor:
 def _order(x: Tensor, config: Config) -> tl.constexpr:
     """How columns are ordered: permuted only for the 16-bit operands of Hopper's matrix instructions."""
     plain = x.dtype in (torch.int8, torch.float8_e4m3fn) or config.warps < WARPGROUP
-    if plain or (on_nvidia(x) and torch.cuda.get_device_capability(x.device)[0] != HOPPER):
+    if plain or not is_hopper(x.device):
         return PLAIN
     return PERMUTED_X if config.block_m >= LONG_M and config.form != READ_PERMUTED else PERMUTE_X
 

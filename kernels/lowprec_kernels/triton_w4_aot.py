@@ -12,8 +12,9 @@ import torch
 
 from lowprec_kernels.aot import AotCase
 from lowprec_kernels.packing import CHUNK
+from lowprec_kernels.triton_common import WARPGROUP
 from lowprec_kernels.triton_nested import FAMILIES as NESTED
-from lowprec_kernels.triton_w4 import FAMILIES, LONG_M, READ_PERMUTED, WARPGROUP
+from lowprec_kernels.triton_w4 import FAMILIES, LONG_M, READ_PERMUTED
 from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, w4_kernel
 from lowprec_kernels.tuning import Config, Family, Problem
 

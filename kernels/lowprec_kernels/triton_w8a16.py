@@ -29,7 +29,6 @@ which would be exact, but a pass over y, and in float16 could overflow before it
 Source of the permuted columns: Marlin (arXiv 2408.11743, section 4), which permutes weights instead.
 """
 
-import functools
 import itertools
 from dataclasses import replace
 
@@ -38,15 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowprec_kernels.triton_common import on_device, on_nvidia, split_buffers
+from lowprec_kernels.triton_common import WARPGROUP, is_hopper, on_device, on_nvidia, split_buffers
 from lowprec_kernels.triton_w8a16_kernels import BYTES, CHUNK, PERMUTED, READ_PERMUTED, convert_kernel, w8a16_kernel
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 STRAIGHT = "straight"
 READ = "read"
 CONVERT = "convert"
-HOPPER = 9
-WARPGROUP = 4
 # From so many rows in a tile on, x is permuted in memory instead of while it is read, four bytes at a time.
 LONG_M = 64
 # Offsets within a tile are 32 bits wide, and a tile has at most 256 rows.
@@ -141,19 +138,17 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) < LONGEST_STRIDE else matrix.contiguous()
 
 
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    """Whether a device multiplies with wgmma; the interpreter stands in for one that does."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
-
-
 def _order(x: Tensor, w_codes: Tensor, config: Config) -> tl.constexpr:
     """The order that K is summed in."""
     aligned = (w_codes.shape[1], w_codes.stride(0), w_codes.storage_offset(), w_codes.data_ptr())
     words = all(number % 4 == 0 for number in aligned) and config.block_k % CHUNK.value == 0
-    if config.form == STRAIGHT or config.warps < WARPGROUP or config.block_m < 16 or not words or not _hopper(x.device):
+    if (
+        config.form == STRAIGHT
+        or config.warps < WARPGROUP
+        or config.block_m < 16
+        or not words
+        or not is_hopper(x.device)
+    ):
         return BYTES
     return PERMUTED if config.block_m >= LONG_M and config.form != READ else READ_PERMUTED
 

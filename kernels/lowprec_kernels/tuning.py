@@ -205,10 +205,15 @@ def config_for(family: Family, problem: Problem, device: torch.device) -> Config
 def _config_for(family: Family, n: int, k: int, experts: int, end: int, index: int) -> Config:
     name, shared = device_of(index)
     fitting = family.fitting(Problem(m=end, n=n, k=k, experts=experts), shared)
-    known = load_table(table_path(name)).get((family.name, end), {})
-    near = sorted(known, key=lambda shape: (_distance(shape, (n, k, experts)), shape))
-    # An entry outlives the list of candidates it was chosen from only as long as it is on the list.
-    return next((known[shape].config for shape in near if known[shape].config in fitting), fitting[0])
+    table = load_table(table_path(name))
+    for other in sorted(BUCKETS, key=lambda b: abs(math.log(b / end))):
+        known = table.get((family.name, other), {})
+        near = sorted(known, key=lambda shape: (_distance(shape, (n, k, experts)), shape))
+        for shape in near:
+            # An entry outlives the list of candidates it was chosen from only as long as it is on the list.
+            if known[shape].config in fitting:
+                return known[shape].config
+    return fitting[0]
 
 
 def _distance(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
