@@ -8,7 +8,7 @@ import torch
 from interpreter import DEVICE
 from lowprec_kernels import reference, triton_cast, triton_w8a16
 from lowprec_kernels.kernel import ActivationKind
-from lowprec_kernels.reference import FP8_MAX, INT8_MAX, TINY_SCALE
+from lowprec_kernels.reference import FP8_MAX, INT8_MAX, TINY_SCALE, rms_norm, silu_mul
 from lowprec_kernels.triton_cast import Quantized, quantize
 from lowprec_kernels.triton_common import counters
 from lowprec_kernels.triton_w8a16 import CONVERT, READ, STRAIGHT, converted_weight, w8a16_gemm
@@ -28,23 +28,9 @@ def quantize_per_token(x: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]
 
 
 def quantize_per_block(x: Tensor, kind: ActivationKind, block: int) -> tuple[Tensor, Tensor]:
-    """Reference: x [M, K] -> codes [M, K], scale [M, ceil(K / block)]: each block is a token of `block` values."""
-    m, k = x.shape
-    padded = torch.nn.functional.pad(x, (0, -k % block)).reshape(-1, block)
-    codes, scale = quantize_per_token(padded, kind)
-    return codes.view(torch.uint8).reshape(m, -1)[:, :k].contiguous().view(codes.dtype), scale.reshape(m, -1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Reference: transformers' LlamaRMSNorm."""
-    wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def silu_and_multiply(x: Tensor) -> Tensor:
-    """Reference: [M, 2K] gate|up -> silu(gate) * up."""
-    gate, up = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+    """Reference: x [M, K] -> codes [M, K], scale [M, ceil(K / block)], on the CPU as well."""
+    codes, scale = reference.quantize(x.cpu(), kind, block)
+    return codes.to(x.device), scale.to(x.device)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -153,7 +139,7 @@ def test_fused_forms(kind: ActivationKind, config: Config | None, dtype: torch.d
     assert added.residual is not None
     torch.testing.assert_close(added.residual, x + residual, rtol=0, atol=0)
     assert_near(added, *quantize_per_block(rms_norm(x + residual, weight, 1e-5), kind, 128))
-    assert_near(quantize(x, kind, silu=True, config=config), *quantize_per_token(silu_and_multiply(x), kind))
+    assert_near(quantize(x, kind, silu=True, config=config), *quantize_per_token(silu_mul(x), kind))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

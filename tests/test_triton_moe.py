@@ -1,7 +1,6 @@
 """Grouped matmuls of mixtures of experts against a loop over the experts in float64, and the routing they need."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from interpreter import DEVICE, INTERPRETED
-from lowprec_kernels.packing import pack_int4, unpack_int4
+from lowprec_kernels import reference_moe
+from lowprec_kernels.packing import pack_int4
 from lowprec_kernels.triton_moe import (
     FAMILIES,
     FP8_BLOCK,
@@ -35,68 +35,6 @@ TILES = {
     "plain": dataclasses.replace(TINY, form="", group_m=2),
     "tall": dataclasses.replace(TINY, block_m=32, block_n=32, group_m=8),
 }
-
-
-def moe_w8a8_gemm(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    row_weight: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x_codes [X, K], x_scale [X, 1], w_codes [E, N, K], w_scale [E, N, 1] -> [T, N]; int8 and e4m3 codes alike."""
-    weights = w_codes.to(torch.float64) * w_scale.to(torch.float64)
-    return _by_expert(
-        x_codes.to(torch.float64) * x_scale.to(torch.float64), weights, offsets, rows, row_weight, out_dtype
-    )
-
-
-def moe_w8a8_block_gemm(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    row_weight: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x_scale [X, ceil(K / 128)], w_scale [E, ceil(N / 128), ceil(K / 128)], each repeated over its block."""
-    _, n, k = w_codes.shape
-    per_column = x_scale.repeat_interleave(SCALE_BLOCK, 1)[:, :k].to(torch.float64)
-    per_weight = w_scale.repeat_interleave(SCALE_BLOCK, 1)[:, :n].repeat_interleave(SCALE_BLOCK, 2)[..., :k]
-    weights = w_codes.to(torch.float64) * per_weight.to(torch.float64)
-    return _by_expert(x_codes.to(torch.float64) * per_column, weights, offsets, rows, row_weight, out_dtype)
-
-
-def moe_w4a16(
-    x: Tensor,
-    w_packed: Tensor,
-    w_scale: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    row_weight: Tensor | None,
-    group_size: int,
-) -> Tensor:
-    """x [X, K] float, w_packed [E, N, words_for(K)] int32, w_scale [E, N, K / G] -> [T, N] in x's dtype."""
-    codes = unpack_int4(w_packed, x.shape[1]).to(torch.float64)
-    weights = codes * w_scale.to(torch.float64).repeat_interleave(group_size, 2)
-    return _by_expert(x.to(torch.float64), weights, offsets, rows, row_weight, x.dtype)
-
-
-def _by_expert(
-    x: Tensor, w: Tensor, offsets: Tensor, rows: Tensor | None, row_weight: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """x [X, K], w [E, N, K] float64 -> [T, N]; rows of no expert are 0."""
-    x = x if rows is None else x[rows.long()]
-    y = x.new_zeros(len(x), w.shape[1])
-    bounds = offsets.tolist()
-    for expert, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        y[begin:end] = x[begin:end] @ w[expert].t()
-    return (y if row_weight is None else y * row_weight.to(torch.float64)[:, None]).to(out_dtype)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -145,9 +83,9 @@ def _w8a8_operands(kind: str, x_rows: int, experts: int, n: int, k: int) -> tupl
 
 
 W8A8: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "int8": (moe_w8a8_int8_gemm, moe_w8a8_gemm),
-    "fp8": (moe_w8a8_fp8_gemm, moe_w8a8_gemm),
-    "fp8 block": (moe_w8a8_fp8_block_gemm, moe_w8a8_block_gemm),
+    "int8": (moe_w8a8_int8_gemm, reference_moe.moe_w8a8_int8_gemm),
+    "fp8": (moe_w8a8_fp8_gemm, reference_moe.moe_w8a8_fp8_gemm),
+    "fp8 block": (moe_w8a8_fp8_block_gemm, reference_moe.moe_w8a8_fp8_block_gemm),
 }
 
 
@@ -188,7 +126,7 @@ def test_w4a16_over_routings(counts: tuple[int, ...], gather: bool, dtype: torch
     x = _random(x_rows, 192, seed=1).to(dtype)
     w, scale = pack_int4(_int4(len(counts), 40, 192, seed=2)), _positive(len(counts), 40, 3, seed=6)
     y = moe_w4a16_gemm(x, w, scale, offsets, rows, weight, 64, TINY)
-    _close(y, moe_w4a16(x, w, scale, offsets, rows, weight, 64), 2**-8)
+    _close(y, reference_moe.moe_w4a16_gemm(x, w, scale, offsets, rows, weight, 64), 2**-8)
 
 
 @pytest.mark.parametrize("form", ["", "permuted"])
@@ -209,7 +147,7 @@ def test_w4a16_over_groups(group: int, block_k: int, n: int, k: int, form: str) 
     w, scale = pack_int4(_int4(3, n, k, seed=2)), _positive(3, n, k // group, seed=6)
     config = dataclasses.replace(TINY, block_k=block_k, form=form)
     y = moe_w4a16_gemm(x, w, scale, offsets, rows, weight, group, config)
-    _close(y, moe_w4a16(x, w, scale, offsets, rows, weight, group), 2**-10)
+    _close(y, reference_moe.moe_w4a16_gemm(x, w, scale, offsets, rows, weight, group), 2**-10)
 
 
 def test_int8_sums_are_exact() -> None:
@@ -269,7 +207,7 @@ def test_rows_of_x_that_are_not_finite_stay_alone() -> None:
 def test_strided_operands() -> None:
     x_rows, offsets, rows, weight = _routing((3, 0, 4), True)
     x, x_scale, w, w_scale = _w8a8_operands("fp8 block", x_rows, 3, 130, 300)
-    truth = moe_w8a8_block_gemm(x, x_scale, w, w_scale, offsets, rows, weight, torch.float32)
+    truth = reference_moe.moe_w8a8_fp8_block_gemm(x, x_scale, w, w_scale, offsets, rows, weight, torch.float32)
     # Padded rows, and scales that lie column by column as the quantiser of a grouped matmul leaves them.
     wide = torch.zeros(3, 130, 400, device=DEVICE).to(torch.float8_e4m3fn)
     wide[..., :300] = w

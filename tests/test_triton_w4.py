@@ -191,10 +191,8 @@ def test_levels_of_nested_weights(group: int, zeros: bool) -> None:
     for m, n, k in ((3, 40, 256), (70, 33, 384)):
         x, base, rest, scale = _random(m, k).to(torch.bfloat16), _codes(n, k), _codes(n, k, 7), _scales(n, k, group)
         zero = _codes(n, k // group, seed=3) if zeros else None
-        coarse = base.double() - (0 if zero is None else zero.double().repeat_interleave(group, 1))
-        step = scale.double().repeat_interleave(group, 1)
         operands = (x, pack_int4(base), pack_int4(rest), scale, zero, None, group)
-        fine = x.double() @ ((8 * coarse + rest.double()) * step / 8).t()
+        fine = reference.nested_gemm(x.double(), *operands[1:], 8)
         assert _error(nested_gemm(*operands, 8), fine) <= BF16_ROUNDING
         plain = w4a16_gemm(x, pack_int4(base), scale, None, group, zero, Config(block_m=64, **SMALL))
         assert torch.equal(nested_gemm(*operands, 4, config=Config(block_m=64, **SMALL)), plain)

@@ -65,12 +65,7 @@ def ones(rows: int) -> Tensor:
 
 
 def block_truth(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Both operands decoded, then one product in float64."""
-    n, k = w.shape
-    left = x.to(torch.float64) * x_scale.to(torch.float64).repeat_interleave(SCALE_BLOCK, 1)[:, :k]
-    grid = w_scale.to(torch.float64).repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
-    y = left @ (w.to(torch.float64) * grid[:n, :k]).t()
-    return y if bias is None else y + bias.to(torch.float64)
+    return reference.w8a8_fp8_block_gemm(x, x_scale, w, w_scale, bias, torch.float64)
 
 
 def assert_close(y: Tensor, truth: Tensor, dtype: torch.dtype) -> None:

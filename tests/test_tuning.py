@@ -95,7 +95,7 @@ def test_a_new_table_is_seen() -> None:
 
 def test_the_best_guess_where_there_is_no_entry() -> None:
     save(entry(SPLIT))
-    assert tuning.config_for(family(candidates=(SMALL,)), problem(m=17), GPU) == SMALL
+    assert tuning.config_for(family(SMALL), problem(m=17), GPU) == SMALL
     assert tuning.config_for(family(name="other"), problem(), GPU) == SMALL
 
 

@@ -4,197 +4,162 @@
 |---|---|---|
 | quantize_per_token_int8 | x[M,K] float | codes[M,K] int8, scale[M,1] f32 |
 | quantize_per_token_fp8 | x[M,K] float | codes[M,K] e4m3fn, scale[M,1] f32 |
+| quantize_per_block_fp8 | x[M,K] float, block = 128 | codes[M,K] e4m3fn, scale[M,K/block] f32 |
+| rms_norm_quantize | x[M,K] float, weight[K] like x, eps, kind, block? | codes[M,K], scale[M,1 or K/block] f32 |
+| add_rms_norm_quantize | x[M,K] float, residual[M,K], weight[K] like x, eps, kind, block? | the same, x + residual |
+| silu_mul_quantize | x[M,2K] float, gate and up side by side, kind, block? | codes[M,K], scale[M,1 or K/block] f32 |
 | w8a8_int8_gemm, w8a8_fp8_gemm | x_codes[M,K], x_scale[M,1], w_codes[N,K], w_scale[N,1], bias[N]?, out_dtype | y[M,N] |
+| w8a8_fp8_block_gemm | x_codes[M,K], x_scale[M,K/128], w_codes[N,K], w_scale[N/128,K/128], bias?, out_dtype | y[M,N] |
 | w8a16_gemm | x[M,K] float, w_codes[N,K] int8, w_scale[N,1], bias[N]? | y[M,N] in x's dtype |
 | w4a16_gemm | x[M,K] float, w_packed[N,P] int32, w_scale[N,K/G], bias[N]?, group_size, w_zero[N,K/G]? int8 | y[M,N] |
 | w4a8_int8_gemm, w4a8_fp8_gemm | x_codes, x_scale, w_packed, w_scale, bias?, group_size, out_dtype | y[M,N] |
+| nested_gemm | x, w_base[N,P] int32, w_residual[N,P] int32, w_scale, w_zero?, bias?, group_size, level 4, 8 | y[M,N] |
+| moe_* | `ops_moe.py` | y[T,N] |
 
-P is `packing.words_for(K)`, scales are float32, bias is of any float dtype, M may be 0, operands may have any strides.
-Integer products are summed exactly. Every op computes `reference.py`'s numbers, on any device; the packed layout is
-drawn in `packing.py`, and what happens to values that are not finite is said in `reference.py`. A wrong shape or dtype
-raises ValueError, also in the fake form.
+P is `packing.words_for(K)`, `kind` "int8" or "fp8". Numbers of blocks are rounded up, scales float32, bias any float;
+M may be 0, operands may have any strides. Integer products are summed exactly. Every op computes the numbers of its
+reference (`reference.py`, which also says what becomes of values that are not finite); the packed layout is drawn in
+`packing.py`. A wrong shape or dtype raises ValueError, also in the fake form.
+
+On a GPU an op runs the Triton launcher that `custom_op.CUDA` names. It takes less than the reference: x of 16 bits in
+gemms of float activations, groups of 32, 64, 128, ... columns, blocks of 16 to 256, e4m3 only from sm_89 on. Anything
+else is an error, the launcher's or the compiler's, never a slower answer.
 
 What runs fast is a `kernel.Kernel`: it names a pair of formats and so, in `GEMMS`, the op whose numbers it must give.
-The kernels called "reference" (`slow.py`) call the ops; the runtime compares its layers with these, and the tests do so
-with every kernel that is registered.
+The kernels called "reference" (`slow.py`) call the references of the ops; the runtime compares its layers with these,
+and the tests do so with every kernel that is registered.
 """
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
 from lowprec_kernels import reference
+from lowprec_kernels.custom_op import CUDA, FLOATS, OPS, Result, define, expect, float_type, groups
 from lowprec_kernels.kernel import ActivationKind, WeightKind
+from lowprec_kernels.ops_moe import moe_w4a16_gemm, moe_w8a8_fp8_block_gemm, moe_w8a8_fp8_gemm, moe_w8a8_int8_gemm
 from lowprec_kernels.packing import words_for
 
-OPS: dict[str, Any] = {}
+__all__ = [
+    "CUDA",
+    "GEMMS",
+    "OPS",
+    "add_rms_norm_quantize",
+    "moe_w4a16_gemm",
+    "moe_w8a8_fp8_block_gemm",
+    "moe_w8a8_fp8_gemm",
+    "moe_w8a8_int8_gemm",
+    "nested_gemm",
+    "quantize_per_block_fp8",
+    "quantize_per_token_fp8",
+    "quantize_per_token_int8",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+    "w4a8_fp8_gemm",
+    "w4a8_int8_gemm",
+    "w4a16_gemm",
+    "w8a8_fp8_block_gemm",
+    "w8a8_fp8_gemm",
+    "w8a8_int8_gemm",
+    "w8a16_gemm",
+]
+
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def _check_x(op: str, x: Tensor) -> None:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be a float matrix [M, K], not {x.dtype} {tuple(x.shape)}")
+def _cast(m: int, k: int, kind: str, block: int | None) -> Result:
+    """Codes [m, k] and their scales."""
+    if kind not in CODES:
+        raise ValueError(f"kind must be one of {', '.join(CODES)}, not {kind}")
+    if k == 0:
+        raise ValueError("x must have columns, not K = 0")
+    if block is not None and block <= 0:
+        raise ValueError(f"block must be a number of columns, not {block}")
+    return ((m, k), CODES[kind]), ((m, 1 if block is None else -(-k // block)), torch.float32)
 
 
-def _check_codes(op: str, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    if codes.ndim != 2 or codes.dtype != dtype:
-        raise ValueError(f"{op}: codes must be [rows, K] {dtype}, not {codes.dtype} {tuple(codes.shape)}")
-    if tuple(scale.shape) != (codes.shape[0], 1) or scale.dtype != torch.float32:
-        raise ValueError(f"{op}: scale must be [{codes.shape[0]}, 1] float32, not {scale.dtype} {tuple(scale.shape)}")
+def _quantize(kind: str, block: int | None, x: Tensor) -> Result:
+    m, k = expect("x", x, ("M", "K"), *FLOATS)
+    return _cast(m, k, kind, block)
 
 
-def _check_packed(op: str, k: int, w_packed: Tensor, w_scale: Tensor, group_size: int) -> None:
-    if w_packed.ndim != 2 or w_packed.dtype != torch.int32 or w_packed.shape[1] != words_for(k):
-        wanted = f"[N, {words_for(k)}] int32 for K = {k}"
-        raise ValueError(f"{op}: w_packed must be {wanted}, not {w_packed.dtype} {tuple(w_packed.shape)}")
-    if group_size <= 0 or k % group_size or tuple(w_scale.shape) != (w_packed.shape[0], k // group_size):
-        raise ValueError(f"{op}: w_scale {tuple(w_scale.shape)} does not fit K = {k} in groups of {group_size}")
+def _quantize_per_block_fp8(x: Tensor, block: int = reference.SCALE_BLOCK) -> Result:
+    return _quantize("fp8", block, x)
 
 
-def _check_pair(op: str, k: int, n: int, w: Tensor, bias: Tensor | None) -> None:
-    if w.shape[1] != k:
-        raise ValueError(f"{op}: x has K = {k}, the weight {w.shape[1]}")
-    _check_bias(op, n, bias)
+def _rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, kind: str, block: int | None = None) -> Result:
+    m, k = expect("x", x, ("M", "K"), *FLOATS)
+    expect("weight", weight, (k,), x.dtype)
+    return _cast(m, k, kind, block)
 
 
-def _check_bias(op: str, n: int, bias: Tensor | None) -> None:
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"{op}: bias must be [{n}], not {tuple(bias.shape)}")
+def _add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: str, block: int | None = None
+) -> Result:
+    codes, scale = _rms_norm_quantize(x, weight, eps, kind, block)
+    expect("residual", residual, tuple(x.shape), x.dtype)
+    return codes, scale, (tuple(x.shape), x.dtype)
 
 
-def _check_w8a8(
-    op: str, x_codes: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> None:
-    _check_codes(op, x_codes, x_scale, dtype)
-    _check_codes(op, w, w_scale, dtype)
-    _check_pair(op, x_codes.shape[1], w.shape[0], w, bias)
+def _silu_mul_quantize(x: Tensor, kind: str, block: int | None = None) -> Result:
+    m, width = expect("x", x, ("M", "2 K"), *FLOATS)
+    if width % 2:
+        raise ValueError(f"x must be gate and up side by side, [M, 2 K], not {tuple(x.shape)}")
+    return _cast(m, width // 2, kind, block)
 
 
-@torch.library.custom_op("lowprec::quantize_per_token_int8", mutates_args=())
-def quantize_per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] float -> codes [M, K] int8, scale [M, 1] float32."""
-    _check_x("quantize_per_token_int8", x)
-    return reference.quantize_per_token_int8(x)
+def _product(m: int, n: int, bias: Tensor | None, dtype: torch.dtype) -> Result:
+    if bias is not None:
+        expect("bias", bias, (n,), *FLOATS)
+    return (((m, n), float_type(dtype)),)
 
 
-@quantize_per_token_int8.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_x("quantize_per_token_int8", x)
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-@torch.library.custom_op("lowprec::quantize_per_token_fp8", mutates_args=())
-def quantize_per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] float -> codes [M, K] float8_e4m3fn, scale [M, 1] float32."""
-    _check_x("quantize_per_token_fp8", x)
-    return reference.quantize_per_token_fp8(x)
-
-
-@quantize_per_token_fp8.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_x("quantize_per_token_fp8", x)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-@torch.library.custom_op("lowprec::w8a8_int8_gemm", mutates_args=())
-def w8a8_int8_gemm(
-    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """INT8 codes times INT8 codes, int32 sums, scaled; see the table above."""
-    _check_w8a8("w8a8_int8_gemm", x_codes, x_scale, w_codes, w_scale, bias, torch.int8)
-    return reference.w8a8_int8_gemm(x_codes, x_scale, w_codes, w_scale, bias, out_dtype)
-
-
-@w8a8_int8_gemm.register_fake
-def _(
-    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    _check_w8a8("w8a8_int8_gemm", x_codes, x_scale, w_codes, w_scale, bias, torch.int8)
-    return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
-
-
-@torch.library.custom_op("lowprec::w8a8_fp8_gemm", mutates_args=())
-def w8a8_fp8_gemm(
-    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """E4M3 codes times E4M3 codes, scaled; see the table above."""
-    _check_w8a8("w8a8_fp8_gemm", x_codes, x_scale, w_codes, w_scale, bias, torch.float8_e4m3fn)
-    return reference.w8a8_fp8_gemm(x_codes, x_scale, w_codes, w_scale, bias, out_dtype)
-
-
-@w8a8_fp8_gemm.register_fake
-def _(
-    x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    _check_w8a8("w8a8_fp8_gemm", x_codes, x_scale, w_codes, w_scale, bias, torch.float8_e4m3fn)
-    return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
-
-
-def _check_w8a16(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
-    _check_x("w8a16_gemm", x)
-    _check_codes("w8a16_gemm", w_codes, w_scale, torch.int8)
-    _check_pair("w8a16_gemm", x.shape[1], w_codes.shape[0], w_codes, bias)
-
-
-@torch.library.custom_op("lowprec::w8a16_gemm", mutates_args=())
-def w8a16_gemm(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Float activations times INT8 weights; see the table above."""
-    _check_w8a16(x, w_codes, w_scale, bias)
-    return reference.w8a16_gemm(x, w_codes, w_scale, bias)
-
-
-@w8a16_gemm.register_fake
-def _(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_w8a16(x, w_codes, w_scale, bias)
-    return x.new_empty((x.shape[0], w_codes.shape[0]))
-
-
-def _check_w4a16(
-    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None
-) -> None:
-    _check_x("w4a16_gemm", x)
-    _check_packed("w4a16_gemm", x.shape[1], w_packed, w_scale, group_size)
-    _check_bias("w4a16_gemm", w_packed.shape[0], bias)
-    if w_zero is not None and (w_zero.shape != w_scale.shape or w_zero.dtype != torch.int8):
-        raise ValueError(
-            f"w4a16_gemm: w_zero must be {tuple(w_scale.shape)} int8, not {w_zero.dtype} {tuple(w_zero.shape)}"
-        )
-
-
-@torch.library.custom_op("lowprec::w4a16_gemm", mutates_args=())
-def w4a16_gemm(
-    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
-) -> Tensor:
-    """Float activations times grouped INT4 weights; see the table above."""
-    _check_w4a16(x, w_packed, w_scale, bias, group_size, w_zero)
-    return reference.w4a16_gemm(x, w_packed, w_scale, bias, group_size, w_zero)
-
-
-@w4a16_gemm.register_fake
-def _(
-    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
-) -> Tensor:
-    _check_w4a16(x, w_packed, w_scale, bias, group_size, w_zero)
-    return x.new_empty((x.shape[0], w_packed.shape[0]))
-
-
-def _check_w4a8(
-    op: str,
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
+def _w8a8(
     dtype: torch.dtype,
-) -> None:
-    _check_codes(op, x_codes, x_scale, dtype)
-    _check_packed(op, x_codes.shape[1], w_packed, w_scale, group_size)
-    _check_bias(op, w_packed.shape[0], bias)
+    block: int | None,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Result:
+    """`block`: the side of blocks that share a scale, None where whole rows do."""
+    m, k = expect("x_codes", x_codes, ("M", "K"), dtype)
+    n, _ = expect("w_codes", w_codes, ("N", k), dtype)
+    down, across = (n, 1) if block is None else (-(-n // block), -(-k // block))
+    expect("x_scale", x_scale, (m, across), torch.float32)
+    expect("w_scale", w_scale, (down, across), torch.float32)
+    return _product(m, n, bias, out_dtype)
 
 
-@torch.library.custom_op("lowprec::w4a8_int8_gemm", mutates_args=())
-def w4a8_int8_gemm(
+def _w8a16(x: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None) -> Result:
+    m, k = expect("x", x, ("M", "K"), *FLOATS)
+    n, _ = expect("w_codes", w_codes, ("N", k), torch.int8)
+    expect("w_scale", w_scale, (n, 1), torch.float32)
+    return _product(m, n, bias, x.dtype)
+
+
+def _int4(k: int, w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group_size: int) -> int:
+    """N, the rows of an INT4 weight that fits K columns of x."""
+    n, _ = expect("w_packed", w_packed, ("N", words_for(k)), torch.int32)
+    shape = n, groups(k, group_size)
+    expect("w_scale", w_scale, shape, torch.float32)
+    if w_zero is not None:
+        expect("w_zero", w_zero, shape, torch.int8)
+    return n
+
+
+def _w4a16(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, group_size: int, w_zero: Tensor | None = None
+) -> Result:
+    m, k = expect("x", x, ("M", "K"), *FLOATS)
+    return _product(m, _int4(k, w_packed, w_scale, w_zero, group_size), bias, x.dtype)
+
+
+def _w4a8(
+    dtype: torch.dtype,
     x_codes: Tensor,
     x_scale: Tensor,
     w_packed: Tensor,
@@ -202,54 +167,47 @@ def w4a8_int8_gemm(
     bias: Tensor | None,
     group_size: int,
     out_dtype: torch.dtype,
-) -> Tensor:
-    """INT8 codes times grouped INT4 codes, one int32 sum per group; see the table above."""
-    _check_w4a8("w4a8_int8_gemm", x_codes, x_scale, w_packed, w_scale, bias, group_size, torch.int8)
-    return reference.w4a8_int8_gemm(x_codes, x_scale, w_packed, w_scale, bias, group_size, out_dtype)
+) -> Result:
+    m, k = expect("x_codes", x_codes, ("M", "K"), dtype)
+    expect("x_scale", x_scale, (m, 1), torch.float32)
+    return _product(m, _int4(k, w_packed, w_scale, None, group_size), bias, out_dtype)
 
 
-@w4a8_int8_gemm.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_packed: Tensor,
+def _nested(
+    x: Tensor,
+    w_base: Tensor,
+    w_residual: Tensor,
     w_scale: Tensor,
+    w_zero: Tensor | None,
     bias: Tensor | None,
     group_size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_w4a8("w4a8_int8_gemm", x_codes, x_scale, w_packed, w_scale, bias, group_size, torch.int8)
-    return x_codes.new_empty((x_codes.shape[0], w_packed.shape[0]), dtype=out_dtype)
+    level: int,
+) -> Result:
+    m, k = expect("x", x, ("M", "K"), *FLOATS)
+    n = _int4(k, w_base, w_scale, w_zero, group_size)
+    expect("w_residual", w_residual, (n, words_for(k)), torch.int32)
+    if level not in reference.NESTED_LEVELS:
+        raise ValueError(f"level must be one of {reference.NESTED_LEVELS}, not {level}")
+    return _product(m, n, bias, x.dtype)
 
 
-@torch.library.custom_op("lowprec::w4a8_fp8_gemm", mutates_args=())
-def w4a8_fp8_gemm(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """E4M3 codes times grouped INT4 codes; see the table above."""
-    _check_w4a8("w4a8_fp8_gemm", x_codes, x_scale, w_packed, w_scale, bias, group_size, torch.float8_e4m3fn)
-    return reference.w4a8_fp8_gemm(x_codes, x_scale, w_packed, w_scale, bias, group_size, out_dtype)
+_partial = functools.partial
+_INT8, _FP8 = CODES.values()
 
-
-@w4a8_fp8_gemm.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_w4a8("w4a8_fp8_gemm", x_codes, x_scale, w_packed, w_scale, bias, group_size, torch.float8_e4m3fn)
-    return x_codes.new_empty((x_codes.shape[0], w_packed.shape[0]), dtype=out_dtype)
-
+quantize_per_token_int8 = define(reference.quantize_per_token_int8, _partial(_quantize, "int8", None))
+quantize_per_token_fp8 = define(reference.quantize_per_token_fp8, _partial(_quantize, "fp8", None))
+quantize_per_block_fp8 = define(reference.quantize_per_block_fp8, _quantize_per_block_fp8)
+rms_norm_quantize = define(reference.rms_norm_quantize, _rms_norm_quantize)
+add_rms_norm_quantize = define(reference.add_rms_norm_quantize, _add_rms_norm_quantize)
+silu_mul_quantize = define(reference.silu_mul_quantize, _silu_mul_quantize)
+w8a8_int8_gemm = define(reference.w8a8_int8_gemm, _partial(_w8a8, _INT8, None))
+w8a8_fp8_gemm = define(reference.w8a8_fp8_gemm, _partial(_w8a8, _FP8, None))
+w8a8_fp8_block_gemm = define(reference.w8a8_fp8_block_gemm, _partial(_w8a8, _FP8, reference.SCALE_BLOCK))
+w8a16_gemm = define(reference.w8a16_gemm, _w8a16)
+w4a16_gemm = define(reference.w4a16_gemm, _w4a16)
+w4a8_int8_gemm = define(reference.w4a8_int8_gemm, _partial(_w4a8, _INT8))
+w4a8_fp8_gemm = define(reference.w4a8_fp8_gemm, _partial(_w4a8, _FP8))
+nested_gemm = define(reference.nested_gemm, _nested)
 
 # (weights, activations) -> the op that multiplies them; bfloat16 weights are a plain matmul and have none.
 GEMMS: dict[tuple[WeightKind, ActivationKind | None], str] = {
@@ -260,15 +218,3 @@ GEMMS: dict[tuple[WeightKind, ActivationKind | None], str] = {
     ("int4", "int8"): "w4a8_int8_gemm",
     ("int4", "fp8"): "w4a8_fp8_gemm",
 }
-OPS.update(
-    {
-        "quantize_per_token_int8": quantize_per_token_int8,
-        "quantize_per_token_fp8": quantize_per_token_fp8,
-        "w8a8_int8_gemm": w8a8_int8_gemm,
-        "w8a8_fp8_gemm": w8a8_fp8_gemm,
-        "w8a16_gemm": w8a16_gemm,
-        "w4a16_gemm": w4a16_gemm,
-        "w4a8_int8_gemm": w4a8_int8_gemm,
-        "w4a8_fp8_gemm": w4a8_fp8_gemm,
-    }
-)

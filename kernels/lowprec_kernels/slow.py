@@ -1,7 +1,8 @@
-"""The ops as kernels: every pair of formats has a form called "reference", on any device, that calls the pair's op.
+"""The references as kernels: every pair of formats has a form called "reference", on any device.
 
-It is right rather than fast (float64 sums of dequantised or integer operands) and takes part in no automatic choice
-as long as another form can run.
+It calls the reference of the pair's op, never the op, which on a GPU runs a fast kernel: this is what those are held
+against. It is right rather than fast (float64 sums of dequantised or integer operands) and takes part in no automatic
+choice as long as another form can run.
 """
 
 import torch
@@ -24,13 +25,12 @@ def _as_stored(operands: Operands) -> tuple[Tensor, ...]:
 def _quantized(x: Tensor, activation: ActivationKind, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes [M, K], scale [M, 1]."""
     if static_scale is None:
-        codes, scale = ops.OPS[f"quantize_per_token_{activation}"](x)
-        return codes, scale
+        return reference.quantize(x, activation)
     return reference.quantize_static(x, static_scale, activation), static_scale.expand(len(x), 1)
 
 
 def linear64(operands: Operands, activation: ActivationKind | None, x: Tensor) -> Tensor:
-    """[M, K] -> [M, N] float64: the pair's op on these operands, which every form is held against."""
+    """[M, K] -> [M, N] float64: the reference of the pair's op on these operands, which every form is held against."""
     if operands.weight == "bf16":
         y = x.to(torch.float64) @ operands.codes.to(torch.float64).t()
         return y if operands.bias is None else y + operands.bias.to(torch.float64)
@@ -39,8 +39,8 @@ def linear64(operands: Operands, activation: ActivationKind | None, x: Tensor) -
     if operands.zero is not None:
         group = (*group, operands.zero)
     dtype = () if activation is None else (torch.float64,)
-    op = ops.OPS[ops.GEMMS[operands.weight, activation]]
-    found: Tensor = op(*left, operands.codes, operands.scales(), operands.bias, *group, *dtype)
+    gemm = reference.REFERENCES[ops.GEMMS[operands.weight, activation]]
+    found: Tensor = gemm(*left, operands.codes, operands.scales(), operands.bias, *group, *dtype)
     return found
 
 

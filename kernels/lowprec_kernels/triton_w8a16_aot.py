@@ -8,6 +8,7 @@ holds for up to 64 rows in bfloat16, whose conversion alone is 2.
 from collections.abc import Iterator
 
 from lowprec_kernels.aot import TARGETS, AotCase
+from lowprec_kernels.triton_common import WARPGROUP
 from lowprec_kernels.triton_w8a16 import (
     CONVERT,
     CONVERTED_TILE,
@@ -16,7 +17,6 @@ from lowprec_kernels.triton_w8a16 import (
     LONG_M,
     READ,
     STRAIGHT,
-    WARPGROUP,
 )
 from lowprec_kernels.triton_w8a16_kernels import BYTES, PERMUTED, READ_PERMUTED, convert_kernel, w8a16_kernel
 from lowprec_kernels.tuning import Config, Problem
