@@ -25,10 +25,9 @@ Sources: Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017, section 3
 import triton
 import triton.language as tl
 
-# What undoes the factor that operands carry, and what a code of zero is as an e4m3 operand.
+# What undoes the factor that operands carry.
 FACTOR_INT8 = tl.constexpr(1.0 / 16.0)
 FACTOR_FP8 = tl.constexpr(512.0)
-OFFSET_FP8 = tl.constexpr(8.0 / 512.0)
 
 _BF16 = tl.constexpr("""{
     .reg .b32 a, b, c, d, m, one;

@@ -13,8 +13,9 @@ group exactly. Two forms for many rows give that up or go around it: "scaled" mu
 rounded to x's dtype, and keeps one sum (no sums of groups in registers: twice the tile); "dequantize" writes the scaled
 weights out once and leaves the product to the vendor's matmul.
 
-int8 operands are 16 times the code. e4m3 operands are code + 8, which adds 8 sum_g s[n, g] sum_{k in g} xc[m, k]: the
-scales times the sums of x over each group (`group_sums`), taken off once at the end.
+int8 operands are 16 times the code. Zero points are never in the operands: they add sum_g s[n, g] z[n, g] X[m, g] with
+X the sums of x over each group (`group_sums`), a small product that is taken off once at the end. So is the offset of
+e4m3 operands, which are code + 8 (z = -8 for all groups).
 
 Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7] and two levels over one storage:
 
@@ -39,15 +40,13 @@ from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, dequ
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
 
 
-def group_sums(x_codes: Tensor, group_size: int) -> Tensor:
-    """x_codes [M, K] -> [M, K / G] float32: sums over each group of columns."""
-    m, k = x_codes.shape
-    sums = torch.empty(m, k // group_size, dtype=torch.float32, device=x_codes.device)
+def group_sums(x: Tensor, group_size: int) -> Tensor:
+    """x [M, K] or its codes -> [M, K / G] float32: sums over each group of columns."""
+    m, k = x.shape
+    sums = torch.empty(m, k // group_size, dtype=torch.float32, device=x.device)
     block_m = 16
-    with on_device(x_codes):
-        sums_kernel[triton.cdiv(m, block_m), k // group_size](
-            x_codes, sums, m, k, x_codes.stride(0), group_size, block_m
-        )
+    with on_device(x):
+        sums_kernel[triton.cdiv(m, block_m), k // group_size](x, sums, m, k, x.stride(0), group_size, block_m)
     return sums
 
 
@@ -81,6 +80,9 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # From so many rows in a tile on, x is permuted in memory instead of while it is read.
 LONG_M = 64
 READ_PERMUTED = "read"
+MOST_GROUPS = 4
+# From so many rows on, writing the weights out first is the best guess.
+DEQUANTIZED_M = 1024
 
 
 def _splits(n: int, k: int, block_n: int, block_k: int, blocks: int) -> int:
@@ -100,18 +102,18 @@ def _step(group_size: int) -> int:
 # which take 16 x 8 of a tile at a time; Hopper's own take 64 rows of weights and, with few rows of x, wait for operands
 # in registers.
 _FEW_16_BIT = (
-    (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 264, 4), (32, 1, 3, 1056, 4), (64, 2, 4, 528, 2),
-    (64, 2, 3, 1056, 2), (64, 2, 5, 396, 2), (64, 2, 3, 528, 2), (128, 2, 3, 396, 2), (32, 1, 4, 1056, 2),
+    (64, 2, 3, 528, 2), (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 264, 4), (32, 1, 3, 1056, 4),
+    (64, 2, 4, 528, 2), (64, 2, 3, 1056, 2), (64, 2, 5, 396, 2), (128, 2, 3, 396, 2), (32, 1, 4, 1056, 2),
     (128, 4, 3, 396, 2), (256, 8, 3, 132, 2), (256, 8, 4, 132, 2), (64, 2, 6, 528, 1), (64, 2, 4, 1056, 1),
     (128, 4, 5, 396, 1), (128, 4, 6, 264, 1), (256, 8, 5, 132, 1),
 )  # fmt: skip
 _FEW_8_BIT = (
-    (128, 4, 3, 264, 4), (128, 4, 2, 396, 4), (128, 4, 2, 528, 4), (128, 4, 3, 132, 4), (256, 8, 2, 132, 4),
+    (128, 4, 3, 132, 4), (128, 4, 3, 264, 4), (128, 4, 2, 396, 4), (128, 4, 2, 528, 4), (256, 8, 2, 132, 4),
     (128, 4, 3, 396, 2), (128, 4, 4, 264, 2), (128, 4, 3, 528, 2), (256, 8, 3, 132, 2), (128, 4, 6, 264, 1),
 )  # fmt: skip
 # INT8 has matrix instructions of a warp; e4m3 would become fp16 with them on sm_90.
 _FEW_INT8 = (
-    *_FEW_8_BIT, (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 264, 4), (64, 2, 4, 528, 2), (64, 2, 3, 1056, 2),
+    (64, 2, 3, 264, 4), *_FEW_8_BIT, (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 4, 528, 2), (64, 2, 3, 1056, 2),
     (128, 2, 3, 396, 2),
 )  # fmt: skip
 # For more rows: (block_m, block_n, warps, stages, blocks aimed at, steps of a trip).
@@ -123,16 +125,21 @@ _MIDDLE = (
 
 
 def _few_rows(
-    problem: Problem, step: int, tiles: tuple[tuple[int, int, int, int, int], ...], *, float_x: bool
+    problem: Problem, group_size: int, tiles: tuple[tuple[int, int, int, int, int], ...], *, float_x: bool
 ) -> list[Config]:
     """Up to 32 rows in one tile of rows, K split."""
-    found = []
+    found, step = [], _step(group_size)
     for block_n, warps, stages, blocks, steps in tiles:
         # Instructions of a warpgroup have 16 rows of x at least where they are used at all.
         rows = next(r for r in (8 if warps < WARPGROUP else 16, 16, 32) if problem.m <= r or r == 32)
         if rows == 32 and float_x and (warps == 1 or block_n > 32 * warps or steps > (1 if warps == 4 else 2)):
             # It spills.
             continue
+        if group_size == PLANE and (rows, block_n, warps) == (8, 64, 2):
+            # Triton 3.6 gives it 80 registers, and it spills a few.
+            continue
+        # Scales of more than four groups of a row do not stay in one thread.
+        steps = min(steps, MOST_GROUPS * group_size // step)
         split = _splits(problem.n, problem.k, block_n, steps * step, blocks)
         found.append(
             Config(
@@ -195,14 +202,14 @@ def family(name: str, group_size: int, bytes_x: float = 2.0, bytes_w: float = 0.
 
     def candidates(problem: Problem) -> list[Config]:
         if problem.m <= 32:
-            return _few_rows(problem, step, tiles, float_x=float_x)
+            return _few_rows(problem, group_size, tiles, float_x=float_x)
         found = _middle(problem, step, float_x=float_x)
         if not float_x:
             return found
         many = _many_rows(problem)
         if problem.m <= 128:
             return [*found, *many[3:]]
-        return [_DEQUANTIZE, *many, *found] if problem.m > 1024 else [*many, _DEQUANTIZE, *found]
+        return [_DEQUANTIZE, *many, *found] if problem.m >= DEQUANTIZED_M else [*many, _DEQUANTIZE, *found]
 
     return Family(name=f"{name}-g{group_size}", candidates=candidates, bytes_x=bytes_x, bytes_w=bytes_w)
 
@@ -290,6 +297,8 @@ def launch(
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
     if config.block_k % group_size and group_size % config.block_k:
         raise ValueError(f"steps of {config.block_k} columns do not fit groups of {group_size}")
+    if w_zero is not None and x_sums is None:
+        x_sums = group_sums(_dense(x), group_size)
     order = _order(x, config)
     x = in_fragment_order(x) if order == PERMUTED_X else _dense(x)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)

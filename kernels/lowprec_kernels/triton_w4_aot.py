@@ -1,11 +1,11 @@
-"""What the INT4 kernels promise without a GPU: each configuration that may be launched, compiled and counted.
+"""What the INT4 kernels promise without a GPU: each configuration that ships, compiled and counted.
 
-The cases are the distinct variants among the candidates of every family at a decode, a middle and a prefill size, so
-that a configuration cannot ship without having been compiled. The bar on instructions per weight holds for up to 16
-rows, where unpacking is what limits the kernel; with more rows the sums of groups are a growing part of the loop.
+That is, for sm_90, what the tuning tables hold, and for all targets the best guess of every family for few rows and for
+many: what is launched where there is no table. The bar on instructions per weight holds for up to 16 rows, where
+unpacking is what limits the kernel; with more rows the sums of groups are a growing part of the loop, and so they are
+for INT4 times 8-bit activations with groups under 128.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +16,7 @@ from lowprec_kernels.triton_common import WARPGROUP
 from lowprec_kernels.triton_nested import FAMILIES as NESTED
 from lowprec_kernels.triton_w4 import FAMILIES, LONG_M, READ_PERMUTED
 from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, w4_kernel
-from lowprec_kernels.tuning import Config, Family, Problem
+from lowprec_kernels.tuning import TABLES, Config, Family, Problem, load_table
 
 PROBLEMS = tuple(Problem(m=m, n=8192, k=8192) for m in (8, 16, 32, 64, 512))
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
@@ -27,7 +27,9 @@ MATRIX = {
     # tf32 products take the offset of the operands off.
     "*fp8e4nv": {"sm_89": "QMMA|HMMA.*TF32", "sm_90": "QGMMA|HGMMA.*TF32", "sm_100": "UTCQMMA|UTCHMMA|HMMA"},
 }
-LIMITS = {"*bf16": 4.3, "*fp16": 4.3, "*i8": 1.5, "*fp8e4nv": 1.5}
+LIMITS = {"*bf16": 4.3, "*fp16": 4.3}
+# Sums of a group are scaled in float32: that is 4 times as often with groups of 32.
+LIMITS_8_BIT = {128: 1.5, 64: 2.1, 32: 2.9}
 LIMITED_M = 16
 
 
@@ -35,7 +37,7 @@ def _type_of(family: Family) -> str:
     return {"w4a8-int8": "*i8", "w4a8-fp8": "*fp8e4nv"}.get(family.name.rpartition("-")[0], "*bf16")
 
 
-def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool) -> AotCase:
+def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool, zero: bool = False) -> AotCase:
     codes, nested = kind in ("*i8", "*fp8e4nv"), family.name.startswith("nested8")
     signature = {
         "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*bf16", "zero": "*bf16",
@@ -43,7 +45,7 @@ def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool
         "workspace": "*fp32", "counters": "*i32",
     }  # fmt: skip
     present = {
-        "residual": nested, "zero": False, "x_scale": codes, "x_sums": kind == "*fp8e4nv", "bias": False,
+        "residual": nested, "zero": zero, "x_scale": codes, "x_sums": zero or kind == "*fp8e4nv", "bias": False,
         "workspace": config.split_k > 1, "counters": config.split_k > 1,
     }  # fmt: skip
     integers = ("m", "n", "k", "stride_x", "stride_w", "stride_g", "stride_o", "stride_xm", "stride_xg")
@@ -55,10 +57,17 @@ def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool
     targets = ("sm_90",) if hopper else ("sm_80", "sm_89", "sm_100")
     # With fewer than four warps Hopper runs the instructions of a warp, which it inherited.
     matrix = MATRIX[kind] if config.warps >= WARPGROUP or not hopper else {"sm_90": "HMMA|IMMA"}
+    most = LIMITS[kind] if kind in ("*bf16", "*fp16") else LIMITS_8_BIT[group]
     limited = not nested and config.block_m <= LIMITED_M
+    words = (
+        "split" if config.split_k > 1 else "",
+        config.form,
+        "zero" if zero else "",
+        "hopper" if hopper else "others",
+    )
     return AotCase(
         name=f"{family.name} {kind[1:]} m{config.block_m} n{config.block_n} k{config.block_k} w{config.warps} "
-        f"s{config.stages} {'split' if config.split_k > 1 else ''}{config.form} {'hopper' if hopper else 'others'}",
+        f"s{config.stages} {' '.join(word for word in words if word)}",
         kernel=w4_kernel,
         signature=typed,
         constants=dict.fromkeys(absent, None)
@@ -84,18 +93,28 @@ def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool
         stages=config.stages,
         expected=matrix,
         weights_per_trip=config.block_n * config.block_k,
-        limits=dict.fromkeys(targets if limited else (), LIMITS[kind]),
+        limits=dict.fromkeys(targets if limited else (), most),
         targets=tuple(t for t in targets if t in MATRIX[kind]),
     )  # fmt: skip
 
 
+def _tuned(family: Family) -> list[Config]:
+    """What the tables that ship hold for a family."""
+    found: list[Config] = []
+    for path in sorted(TABLES.glob("*.json")):
+        for (name, _), entries in load_table(path).items():
+            found += [entry.config for entry in entries.values()] if name == family.name else []
+    return found
+
+
 def _cases() -> Iterator[AotCase]:
-    for family, problem in itertools.product((*FAMILIES, *NESTED), PROBLEMS):
+    for family in (*FAMILIES, *NESTED):
         group, kind = int(family.name.rpartition("-g")[2]), _type_of(family)
-        for config in family.fitting(problem):
-            if config.form != "dequantize":
-                yield _case(family, kind, config, group, hopper=True)
-                yield _case(family, kind, config, group, hopper=False)
+        guesses = [family.fitting(problem)[0] for problem in PROBLEMS]
+        for hopper, configs in ((True, [*guesses, *_tuned(family)]), (False, guesses)):
+            yield from (_case(family, kind, c, group, hopper=hopper) for c in configs if c.form != "dequantize")
+        if kind == "*bf16":
+            yield from (_case(family, kind, guesses[0], group, hopper=hopper, zero=True) for hopper in (True, False))
 
 
 AOT = tuple({case.name: case for case in _cases()}.values())

@@ -9,7 +9,6 @@ from lowprec_kernels.triton_common import finish_tile, tile_of
 from lowprec_kernels.triton_unpack import (
     FACTOR_FP8,
     FACTOR_INT8,
-    OFFSET_FP8,
     fragment_columns,
     nibbles_as_float,
     nibbles_as_fp8,
@@ -38,26 +37,24 @@ def _operands(at, there, KIND: tl.constexpr, FAST: tl.constexpr, ORDER: tl.const
 
 
 @triton.jit
-def _groups(s_at, z_at, first, groups, stride_g, COUNT: tl.constexpr, KIND: tl.constexpr):
-    """Scales [BLOCK_N, COUNT] float32 from group `first` on; zero points as KIND, or the scales again."""
-    at = (tl.minimum(first + tl.arange(0, COUNT), groups - 1) * stride_g)[None, :]
-    factors = tl.load(s_at[:, None] + at).to(tl.float32)
-    return factors, factors if z_at is None else tl.load(z_at[:, None] + at).to(KIND)
+def _groups(s_at, first, groups, stride_g, COUNT: tl.constexpr):
+    """Scales [BLOCK_N, COUNT] float32 from group `first` on."""
+    at = tl.minimum(first + tl.arange(0, COUNT), groups - 1) * stride_g
+    return tl.load(s_at[:, None] + at[None, :]).to(tl.float32)
 
 
 @triton.jit
 def _column(tile, place: tl.constexpr):
-    """Column `place` of a tile whose rows lie in one thread each: chosen when compiled."""
-    bits = tile.to(tl.int32, bitcast=True) if tile.dtype == tl.float32 else tile.to(tl.int16, bitcast=True)
-    chosen = tl.arange(0, tile.shape[1])[None, :] == place
-    return tl.sum(tl.where(chosen, bits, 0), 1).to(bits.dtype).to(tile.dtype, bitcast=True)
+    """Column `place` [ROWS] of a float32 tile whose rows lie in one thread each: chosen when compiled."""
+    bits = tl.where(tl.arange(0, tile.shape[1])[None, :] == place, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _group(factors, zeros, place: tl.constexpr, ZEROS: tl.constexpr):
-    """Scales [BLOCK_N] and zero points of one group of `_groups`."""
-    factor = _column(factors, place)
-    return factor, _column(zeros, place) if ZEROS else factor
+def _in_two(values):
+    """float32 values as the sum of two that tf32 holds (nearly: 16 bits of the 24)."""
+    upper = values.to(tl.bfloat16).to(tl.float32)
+    return upper, values - upper
 
 
 @triton.jit
@@ -66,6 +63,7 @@ def _offset(
     stride_xm,
     stride_xg,
     s_at,
+    z_at,
     stride_g,
     m,
     rows_m,
@@ -75,21 +73,28 @@ def _offset(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_M]: what the offset of e4m3 operands adds to this split; scales [n, groups], sums [m, groups]."""
+    """[BLOCK_N, BLOCK_M]: what zero points, or the offset 8 of e4m3 operands, add to this split's rows.
+
+    The sum over groups of scale times zero point (s_at, z_at: rows of [n, groups]) times x_sums [m, groups].
+    """
     offset = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     at = tl.arange(0, 16)
     for start in tl.range(split * 16, groups, SPLIT_K * 16, num_stages=1):
         inside = start + at < groups
-        factors = tl.load(s_at[:, None] + ((start + at) * stride_g)[None, :], mask=inside[None, :], other=0.0).to(
-            tl.float32
-        )
+        group_at = ((start + at) * stride_g)[None, :]
+        factors = tl.load(s_at[:, None] + group_at, mask=inside[None, :], other=0.0).to(tl.float32)
+        if z_at is None:
+            factors *= 8.0
+        else:
+            factors *= tl.load(z_at[:, None] + group_at, mask=inside[None, :], other=0).to(tl.float32)
         places = (start + at).to(tl.int64)[:, None] * stride_xg + rows_m.to(tl.int64)[None, :] * stride_xm
         sums = tl.load(x_sums + places, mask=inside[:, None] & (rows_m < m)[None, :], other=0.0)
-        # Scales hold bfloat16 values, so tf32 holds them; the sums are taken in two parts that it holds.
-        upper = sums.to(tl.bfloat16).to(tl.float32)
-        offset = tl.dot(factors, upper, offset, input_precision="tf32")
-        offset = tl.dot(factors, sums - upper, offset, input_precision="tf32")
-    return offset * OFFSET_FP8
+        upper, lower = _in_two(sums)
+        coarse, fine = _in_two(factors)
+        offset = tl.dot(coarse, upper, offset, input_precision="tf32")
+        offset = tl.dot(coarse, lower, offset, input_precision="tf32")
+        offset = tl.dot(fine, upper, offset, input_precision="tf32")
+    return offset
 
 
 @triton.jit
@@ -150,16 +155,16 @@ def w4_kernel(
     z_at = None if zero is None else zero + safe_n * stride_s
     groups = k // GROUP
     ahead = split * BLOCK_K // GROUP
-    next_factors, next_zeros = _groups(s_at, z_at, ahead, groups, stride_g, COUNT, KIND)
+    next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(split, tl.cdiv(k, BLOCK_K), SPLIT_K):
         # Scales of the next trip are asked for now: a load waits in memory's queue behind all the weights that were
         # asked for before it, and Triton itself copies ahead only what products are made of.
-        factors, zeros = next_factors, next_zeros
+        factors = next_factors
         ahead = (block + SPLIT_K) * BLOCK_K // GROUP
-        next_factors, next_zeros = _groups(s_at, z_at, ahead, groups, stride_g, COUNT, KIND)
+        next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
         for part in tl.static_range(PARTS):
             step = block * PARTS + part
             start = step * STEP
@@ -172,9 +177,7 @@ def w4_kernel(
                 x_hi = tl.load(x_at + (start + 32), mask=inside & (columns[:, None] < k - start - 32), other=0.0)
                 there = units + step * UNITS < stride_w
             lo, hi = _operands(w + (w_at + step * UNITS), there, KIND, FAST, ORDER)
-            factor, z = _group(factors, zeros, part * STEP // GROUP, zero is not None)
-            if zero is not None:
-                lo -= z[:, None]
+            factor = _column(factors, part * STEP // GROUP)
             if residual is not None:
                 r_lo, r_hi = _operands(residual + (w_at + step * UNITS), there, KIND, FAST, ORDER)
                 lo = lo * NESTED + r_lo
@@ -187,10 +190,8 @@ def w4_kernel(
                 # Each plane of a chunk is a group.
                 if not SCALED:
                     acc += sums.to(tl.float32) * factor[:, None]
-                factor, z = _group(factors, zeros, part * STEP // GROUP + 1, zero is not None)
+                factor = _column(factors, part * STEP // GROUP + 1)
                 sums = none
-            if zero is not None:
-                hi -= z[:, None]
             if residual is not None:
                 hi = hi * NESTED + r_hi
             if SCALED:
@@ -202,12 +203,13 @@ def w4_kernel(
     if KIND == tl.int8:
         acc *= FACTOR_INT8
     elif KIND == tl.float8e4nv:
-        acc -= _offset(
-            x_sums, stride_xm, stride_xg, s_at, stride_g, m, rows_m, groups, split, SPLIT_K, BLOCK_M, BLOCK_N
-        )
         acc *= FACTOR_FP8
     if residual is not None:
         acc *= 1.0 / NESTED
+    if x_sums is not None:
+        acc -= _offset(
+            x_sums, stride_xm, stride_xg, s_at, z_at, stride_g, m, rows_m, groups, split, SPLIT_K, BLOCK_M, BLOCK_N
+        )
     finish_tile(
         acc, out, x_scale, None, bias, workspace, counters, rows_m, rows_n, m, n, stride_o, 1, tile, split,
         BLOCK_M, BLOCK_N, True, SPLIT_K,
