@@ -86,9 +86,7 @@ class Graph:
 
 
 def graph_of(launch: Launch, copies: int, graph_us: float = GRAPH_US) -> Graph:
-    """Runs a launch, for what happens at first use, and captures it often enough to last `graph_us`."""
-    launch(0)
-    torch.cuda.synchronize()
+    """Captures a launch, which must have run before, often enough to last `graph_us`."""
     graph = Graph(launch, copies, copies)
     # The first replay of a graph also loads it.
     us = min(rounds({"": graph}, 2)[""])
@@ -130,4 +128,7 @@ def replayed(graphs: Mapping[str, Graph], sample_ms: float) -> dict[str, Timing]
 
 def time_graphed(candidates: Mapping[str, Launch], *, copies: int, sample_ms: float = 30.0) -> dict[str, Timing]:
     """Times candidates, each a launch that takes the number of a copy in [0, `copies`)."""
+    for launch in candidates.values():
+        launch(0)
+    torch.cuda.synchronize()
     return replayed({name: graph_of(launch, copies) for name, launch in candidates.items()}, sample_ms)

@@ -9,19 +9,26 @@ Left out: quantised activations; steps of the finer level other than an eighth.
 import torch
 from torch import Tensor
 
-from lowprec_kernels.triton_w4 import LONG_M, family, launch, unsupported
+from lowprec_kernels.packing import CHUNK
+from lowprec_kernels.triton_w4 import family, launch, unsupported
 from lowprec_kernels.tuning import Config, Family, Problem
 
 LEVELS = (4, 8)
 
 
+def _narrow(config: Config) -> bool:
+    return config.block_n * config.block_m <= 1024 * config.warps
+
+
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
 
+    step = 128 if group_size % 128 == 0 else CHUNK
+
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
-        # Two planes of each kind take twice the registers: tiles that are wide for their warps would spill.
-        return [c for c in found if level == 4 or c.block_m < LONG_M or c.stages < 4 or c.block_n <= 16 * c.warps]
+        # Two planes of each kind take twice the registers: long steps and wide tiles would spill with more rows.
+        return [c for c in found if level == 4 or c.block_m <= 16 or (c.block_k <= step and _narrow(c))]
 
     return Family(name=base.name, candidates=candidates, bytes_x=base.bytes_x, bytes_w=base.bytes_w)
 

@@ -108,17 +108,17 @@ _FEW_16_BIT = (
     (128, 4, 5, 396, 1), (128, 4, 6, 264, 1), (256, 8, 5, 132, 1),
 )  # fmt: skip
 _FEW_8_BIT = (
-    (128, 4, 3, 132, 4), (128, 4, 3, 264, 4), (128, 4, 2, 396, 4), (128, 4, 2, 528, 4), (256, 8, 2, 132, 4),
-    (128, 4, 3, 396, 2), (128, 4, 4, 264, 2), (128, 4, 3, 528, 2), (256, 8, 3, 132, 2), (128, 4, 6, 264, 1),
+    (128, 4, 3, 396, 2), (128, 4, 3, 132, 4), (128, 4, 3, 264, 4), (128, 4, 2, 396, 4), (128, 4, 2, 528, 4),
+    (256, 8, 2, 132, 4), (128, 4, 4, 264, 2), (128, 4, 3, 528, 2), (256, 8, 3, 132, 2), (128, 4, 6, 264, 1),
 )  # fmt: skip
 # INT8 has matrix instructions of a warp; e4m3 would become fp16 with them on sm_90.
 _FEW_INT8 = (
-    (64, 2, 3, 264, 4), *_FEW_8_BIT, (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 4, 528, 2), (64, 2, 3, 1056, 2),
+    (64, 2, 4, 528, 2), *_FEW_8_BIT, (64, 2, 3, 264, 4), (64, 2, 3, 528, 4), (64, 2, 2, 792, 4), (64, 2, 3, 1056, 2),
     (128, 2, 3, 396, 2),
 )  # fmt: skip
 # For more rows: (block_m, block_n, warps, stages, blocks aimed at, steps of a trip).
 _MIDDLE = (
-    (64, 128, 4, 3, 264, 1), (64, 128, 4, 3, 264, 2), (64, 128, 8, 3, 132, 2), (64, 64, 4, 3, 264, 2),
+    (64, 128, 8, 3, 132, 2), (64, 128, 4, 3, 264, 1), (64, 128, 4, 3, 264, 2), (64, 64, 4, 3, 264, 2),
     (64, 256, 8, 3, 132, 1), (128, 128, 8, 3, 132, 1), (64, 128, 4, 4, 132, 1), (64, 64, 4, 5, 396, 1),
     (128, 64, 4, 3, 264, 1), (64, 128, 8, 4, 132, 1),
 )  # fmt: skip
@@ -135,8 +135,8 @@ def _few_rows(
         if rows == 32 and float_x and (warps == 1 or block_n > 32 * warps or steps > (1 if warps == 4 else 2)):
             # It spills.
             continue
-        if group_size == PLANE and (rows, block_n, warps) == (8, 64, 2):
-            # Triton 3.6 gives it 80 registers, and it spills a few.
+        if group_size <= CHUNK and (block_n, warps) == (64, 2) and (rows == 16 or group_size == PLANE):
+            # Triton 3.6 gives it few registers, and it spills some.
             continue
         # Scales of more than four groups of a row do not stay in one thread.
         steps = min(steps, MOST_GROUPS * group_size // step)
@@ -153,7 +153,8 @@ def _few_rows(
 def _middle(problem: Problem, step: int, *, float_x: bool) -> list[Config]:
     """Up to a few hundred rows: exact sums of groups, K split where tiles alone do not fill a device."""
     found = []
-    for block_m, block_n, warps, stages, blocks, steps in _MIDDLE:
+    # Eight warps leave each lane registers enough for 16-bit operands on any device; for 8 bits four do.
+    for block_m, block_n, warps, stages, blocks, steps in _MIDDLE if float_x else (_MIDDLE[1], *_MIDDLE):
         if float_x and steps > 1 and block_n > 16 * warps:
             # It spills.
             continue

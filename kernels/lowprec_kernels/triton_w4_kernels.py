@@ -158,7 +158,16 @@ def w4_kernel(
     next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    # What one of acc stands for.
+    UNIT: tl.constexpr = FACTOR_INT8 if KIND == tl.int8 else FACTOR_FP8 if KIND == tl.float8e4nv else 1.0
+    if residual is not None:
+        UNIT = 1.0 / NESTED
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if x_sums is not None:
+        # First, while registers are free.
+        acc -= (1.0 / UNIT) * _offset(
+            x_sums, stride_xm, stride_xg, s_at, z_at, stride_g, m, rows_m, groups, split, SPLIT_K, BLOCK_M, BLOCK_N
+        )
     for block in range(split, tl.cdiv(k, BLOCK_K), SPLIT_K):
         # Scales of the next trip are asked for now: a load waits in memory's queue behind all the weights that were
         # asked for before it, and Triton itself copies ahead only what products are made of.
@@ -200,16 +209,7 @@ def w4_kernel(
             else:
                 sums = tl.dot(hi, x_hi, sums, out_dtype=SUM)
                 acc += sums.to(tl.float32) * factor[:, None]
-    if KIND == tl.int8:
-        acc *= FACTOR_INT8
-    elif KIND == tl.float8e4nv:
-        acc *= FACTOR_FP8
-    if residual is not None:
-        acc *= 1.0 / NESTED
-    if x_sums is not None:
-        acc -= _offset(
-            x_sums, stride_xm, stride_xg, s_at, z_at, stride_g, m, rows_m, groups, split, SPLIT_K, BLOCK_M, BLOCK_N
-        )
+    acc *= UNIT
     finish_tile(
         acc, out, x_scale, None, bias, workspace, counters, rows_m, rows_n, m, n, stride_o, 1, tile, split,
         BLOCK_M, BLOCK_N, True, SPLIT_K,
