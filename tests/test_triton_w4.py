@@ -160,6 +160,36 @@ def test_strided_inputs_and_no_rows() -> None:
     assert w4a16_gemm(wide[:0, :k], packed, scale, None, group).shape == (0, n)
 
 
+@pytest.mark.parametrize("form", ["", "scaled", "dequantize"])
+def test_zero_points_near_the_codes_lose_no_precision(form: str) -> None:
+    """Weights are small differences of codes and zero points, x has a mean: what is taken off is large."""
+    m, n, k, group = 5, 33, 256, 64
+    packed, scale = pack_int4(torch.full((n, k), 7, dtype=torch.int8, device=DEVICE)), _scales(n, k, group)
+    zero = torch.full((n, k // group), 6, dtype=torch.int8, device=DEVICE)
+    x = (_random(m, k) + 3).to(torch.bfloat16)
+    truth = reference.w4a16_gemm(x.double(), packed, scale, None, group, zero)
+    y = w4a16_gemm(x, packed, scale, None, group, zero, Config(block_m=64, form=form, **SMALL))
+    assert _error(y, truth) <= BF16_ROUNDING
+
+
+def test_float16_keeps_weights_exact_however_small_the_scales() -> None:
+    m, n, k, group = 300, 33, 256, 64
+    x, packed, scale = _random(m, k).to(torch.float16), pack_int4(_codes(n, k)), _scales(n, k, group) * 2.0**-20
+    truth = reference.w4a16_gemm(x.double(), packed, scale, None, group)
+    wide = w4a16_gemm(x * 2.0**4, packed, scale, None, group)
+    assert _error(wide, truth * 2.0**4) <= 0.02
+
+
+def test_empty_matrices() -> None:
+    x, scale = _random(2, 0).to(torch.bfloat16), torch.ones(16, 0, device=DEVICE)
+    empty = torch.zeros(16, 0, dtype=torch.int32, device=DEVICE)
+    bias = _random(16)
+    assert torch.equal(w4a16_gemm(x, empty, scale, bias, 32), bias.to(torch.bfloat16).expand(2, 16))
+    assert not w4a16_gemm(x, empty, scale, None, 32).any()
+    half = _random(2, 64).to(torch.bfloat16)
+    assert w4a16_gemm(half, empty[:0].new_empty(0, 8), scale.new_ones(0, 2), None, 32).shape == (2, 0)
+
+
 def test_a_row_that_is_not_finite_touches_no_other() -> None:
     n, k, group = 24, 128, 64
     packed, scale = pack_int4(_codes(n, k)), _scales(n, k, group)
@@ -221,6 +251,8 @@ def test_what_cannot_run_is_refused() -> None:
         w4a16_gemm(x, packed, torch.ones(16, 2, device=DEVICE), None, 48)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         w4a16_gemm(x.float(), packed, torch.ones(16, 3, device=DEVICE), None, 32)
+    with pytest.raises(ValueError, match="K = 64"):
+        w4a16_gemm(x[:, :64], packed, torch.ones(16, 3, device=DEVICE), None, 32)
     operands = (x, packed, packed, torch.ones(16, 3, device=DEVICE), None, None, 32)
     with pytest.raises(ValueError, match="not 5"):
         nested_gemm(*operands, 5)

@@ -8,7 +8,7 @@ the kernel takes for x. Truths are `reference.py`'s in float64 wherever it has o
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ from lowprec_kernels.tuning import Config, Family, Problem
 
 Tensors = tuple[Tensor, ...]
 BLOCK = 128
-# Forms that the compiler is new to: where one configuration hangs, others may.
-RISKY_FORMS = ("tma-ws",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +146,6 @@ def config_label(config: Config) -> str:
     """Short: tile, warps, stages, splits of K, rows of tiles side by side, form."""
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     return f"{tile} w{config.warps} s{config.stages} k{config.split_k} g{config.group_m} {config.form}".strip()
-
-
-def poisoned(note: str, config: Config, notes: Set[str]) -> bool:
-    """Whether a worker died on this note, or on another one of the same risky form."""
-    same_form = config.form in RISKY_FORMS and any(other.endswith(config.form) for other in notes)
-    return note in notes or same_form
 
 
 BY_NAME: dict[str, Op] = {op.name: op for op in OPS}

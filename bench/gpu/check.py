@@ -94,7 +94,7 @@ def _every_candidate(op: Op, case: Case, setting: Setting, notes: Notes) -> list
     rows: list[Row] = []
     for config in op.family().fitting(op.problem(case)):
         note = f"{op.name} {config_label(config)}"
-        if candidates.poisoned(note, config, notes.poisoned):
+        if note in notes.poisoned:
             rows += _judged(
                 op, case, float("inf"), op.tolerance, what="candidate", config=config_label(config), why="crashed"
             )

@@ -1,7 +1,7 @@
 """What is run: the shapes and numbers of rows, and how long anything may take, on a GPU and in the smoke run.
 
 The smoke run goes through every stage on CPU tensors in Triton's interpreter, at tiny sizes: it finds what would stop a
-run on a machine that is only lent. Its numbers mean nothing, and FP8 casts are wrong in it (the interpreter rounds so).
+run on a machine with a GPU. Its numbers mean nothing, and FP8 casts are wrong in it (the interpreter rounds so).
 """
 
 import os

@@ -220,7 +220,7 @@ class Tuner:
 
     def _refused(self, task: Task, config: Config, poisoned: set[str]) -> str | None:
         """Why a candidate is not tried."""
-        if candidates.poisoned(_note(task, config), config, poisoned):
+        if _note(task, config) in poisoned:
             return "crashed"
         call = Call(op=task.op, case=task.case, dtype=self.setting.dtype, config=config)
         return None if precompile.compiled(call) else "was not compiled in time"

@@ -9,7 +9,8 @@
     scaled-mm    fp8            fp8            torch._scaled_mm with one scale a row, fast sums
 
 Activations are quantised by `triton_cast`; the sums of groups that e4m3 x INT4 needs come from the same pass. A fixed
-(static) scale is applied by torch. Which form is fastest is measured, never assumed. Left out: fp16 activations.
+(static) scale is applied by torch. Which form is fastest is measured, never assumed. Unquantised float32 activations
+are rounded to bfloat16.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lowprec_kernels import reference
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind
 from lowprec_kernels.packing import CHUNK, PLANE
 from lowprec_kernels.triton_cast import quantize
+from lowprec_kernels.triton_common import counters
 from lowprec_kernels.triton_w4 import (
     scale_layout,
     unsupported,
@@ -39,6 +41,8 @@ FP8_CAPABILITY = (8, 9)
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
 SCALED_MM_MULTIPLE = 16
+# The longest groups that the cast sums.
+MOST_SUMMED = 256
 
 
 def _always(n: int, k: int, group_size: int | None) -> str | None:
@@ -68,6 +72,12 @@ def _multiple(of: int, name: str) -> Check:
         return None
 
     return check
+
+
+def _scaled_mm_fits(n: int, k: int, group_size: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return "torch._scaled_mm takes another 8-bit float on AMD's devices"
+    return _has_fp8(n, k, group_size) or _multiple(SCALED_MM_MULTIPLE, "_scaled_mm")(n, k, group_size)
 
 
 def _codes(state: State, x: Tensor, kind: ActivationKind) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,8 @@ def _scaled_mm(state: State, x: Tensor) -> Tensor:
 
 
 def _int4_layout(operands: Operands) -> tuple[Tensor, ...]:
+    # Not first while a CUDA graph is captured.
+    counters(operands.codes.device)
     scale = scale_layout(operands.scales())
     codes = operands.codes.contiguous()
     return (codes, scale) if operands.zero is None else (codes, scale, zero_layout(operands.zero, scale))
@@ -163,11 +175,14 @@ def _w4a8_fp8(state: State, x: Tensor) -> Tensor:
     codes, scale = state.tensors
     o = state.operands
     group, out_dtype = o.group_size or PLANE, _out_dtype(x)
-    x_codes, x_scale, sums = _codes_and_sums(state, x, "fp8", group)
+    # The cast gives sums of short groups with its one pass; those of others are taken afterwards.
+    x_codes, x_scale, sums = _codes_and_sums(state, x, "fp8", group if group <= MOST_SUMMED else None)
     return w4a8_fp8_gemm(x_codes, x_scale, codes, scale, o.bias, group, out_dtype, sums)
 
 
 def _as_stored(operands: Operands) -> tuple[Tensor, ...]:
+    # Not first while a CUDA graph is captured.
+    counters(operands.codes.device)
     return (operands.codes.contiguous(),)
 
 
@@ -198,7 +213,7 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("triton", "int8", "int8", 1.0, _w8a8_int8),
     _kernel("int-mm", "int8", "int8", 1.0, _int_mm, check=_multiple(INT_MM_MULTIPLE, "_int_mm")),
     _kernel("triton", "fp8", "fp8", 1.0, _w8a8_fp8, check=_has_fp8),
-    _kernel("scaled-mm", "fp8", "fp8", 1.0, _scaled_mm, check=_multiple(SCALED_MM_MULTIPLE, "_scaled_mm")),
+    _kernel("scaled-mm", "fp8", "fp8", 1.0, _scaled_mm, check=_scaled_mm_fits),
     _kernel("triton", "int4", None, 0.5, _w4a16, _int4_layout, _int4_groups),
     _kernel("triton", "int4", "int8", 0.5, _w4a8_int8, _int4_layout, _int4_groups),
     _kernel("triton", "int4", "fp8", 0.5, _w4a8_fp8, _int4_layout, _fp8_groups),

@@ -9,8 +9,7 @@ Left out: quantised activations; steps of the finer level other than an eighth.
 import torch
 from torch import Tensor
 
-from lowprec_kernels.packing import CHUNK
-from lowprec_kernels.triton_w4 import family, launch, unsupported
+from lowprec_kernels.triton_w4 import family, launch, step_of, tuned_group, unsupported
 from lowprec_kernels.tuning import Config, Family, Problem
 
 LEVELS = (4, 8)
@@ -23,7 +22,7 @@ def _narrow(config: Config) -> bool:
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
 
-    step = 128 if group_size % 128 == 0 else CHUNK
+    step = step_of(group_size)
 
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
@@ -60,10 +59,9 @@ def nested_gemm(
         reason = f"x must be bfloat16 or float16, not {x.dtype}"
     if reason is not None:
         raise ValueError(f"nested_gemm: {reason}")
-    tuned_as = group_size if group_size <= 128 else 128 if group_size % 128 == 0 else 64
     residual = w_residual if level == 8 else None
     return launch(
-        _BY_GROUP[tuned_as, level],
+        _BY_GROUP[tuned_group(group_size), level],
         x,
         None,
         None,

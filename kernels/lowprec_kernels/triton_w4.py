@@ -14,8 +14,8 @@ rounded to x's dtype, and keeps one sum (no sums of groups in registers: twice t
 weights out once and leaves the product to the vendor's matmul.
 
 int8 operands are 16 times the code. Zero points are never in the operands: they add sum_g s[n, g] z[n, g] X[m, g] with
-X the sums of x over each group (`group_sums`), a small product that is taken off once at the end. So is the offset of
-e4m3 operands, which are code + 8 (z = -8 for all groups).
+X the sums of x over each group (`group_sums`), a small product that is taken off once, before the loop. So is the
+offset of e4m3 operands, which are code + 8 (z = -8 for all groups). An infinite x times a zero point is NaN there.
 
 Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7] and two levels over one storage:
 
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowprec_kernels.packing import CHUNK, PLANE
+from lowprec_kernels.packing import CHUNK, PLANE, words_for
 from lowprec_kernels.triton_common import WARPGROUP, is_hopper, on_device, on_nvidia, split_buffers
 from lowprec_kernels.triton_w4_kernels import PERMUTE_X, PERMUTED_X, PLAIN, dequantize_kernel, sums_kernel, w4_kernel
 from lowprec_kernels.tuning import Config, Family, Problem, config_for
@@ -81,6 +81,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LONG_M = 64
 READ_PERMUTED = "read"
 MOST_GROUPS = 4
+LONGEST_OFFSET = 1 << 31
 # From so many rows on, writing the weights out first is the best guess.
 DEQUANTIZED_M = 1024
 
@@ -92,7 +93,7 @@ def _splits(n: int, k: int, block_n: int, block_k: int, blocks: int) -> int:
     return min(fitting, key=lambda s: abs(tiles * s - blocks))
 
 
-def _step(group_size: int) -> int:
+def step_of(group_size: int) -> int:
     """Columns of a step: one group, at most 128; two groups of 32."""
     return 128 if group_size % 128 == 0 else CHUNK
 
@@ -128,7 +129,7 @@ def _few_rows(
     problem: Problem, group_size: int, tiles: tuple[tuple[int, int, int, int, int], ...], *, float_x: bool
 ) -> list[Config]:
     """Up to 32 rows in one tile of rows, K split."""
-    found, step = [], _step(group_size)
+    found, step = [], step_of(group_size)
     for block_n, warps, stages, blocks, steps in tiles:
         # Instructions of a warpgroup have 16 rows of x at least where they are used at all.
         rows = next(r for r in (8 if warps < WARPGROUP else 16, 16, 32) if problem.m <= r or r == 32)
@@ -197,7 +198,7 @@ _DEQUANTIZE = Config(block_m=128, block_n=128, block_k=CHUNK, form="dequantize")
 
 def family(name: str, group_size: int, bytes_x: float = 2.0, bytes_w: float = 0.5, *, float_x: bool = True) -> Family:
     """A family of these kernels; `float_x` says that weights may be scaled or dequantised."""
-    step = _step(group_size)
+    step = step_of(group_size)
 
     tiles = _FEW_16_BIT if float_x else _FEW_INT8 if "int8" in name else _FEW_8_BIT
 
@@ -231,6 +232,11 @@ def unsupported(group_size: int) -> str | None:
     return f"the Triton kernels take groups of a power of two of columns, {PLANE} at least, not {group_size}"
 
 
+def tuned_group(group_size: int) -> int:
+    """The group size that larger ones are tuned as."""
+    return min(group_size, 2 * CHUNK)
+
+
 def family_of(dtype: torch.dtype, group_size: int) -> Family:
     """The family that multiplies x of `dtype`; groups larger than 128 are tuned as 128.
 
@@ -242,8 +248,7 @@ def family_of(dtype: torch.dtype, group_size: int) -> Family:
         reason = f"x must be bfloat16 or float16, or codes in int8 or float8_e4m3fn, not {dtype}"
     if reason is not None:
         raise ValueError(reason)
-    tuned_as = group_size if group_size <= 128 else 128 if group_size % 128 == 0 else 64
-    return _BY_NAME[f"{_KINDS[dtype]}-g{tuned_as}"]
+    return _BY_NAME[f"{_KINDS[dtype]}-g{tuned_group(group_size)}"]
 
 
 def scale_layout(w_scale: Tensor) -> Tensor:
@@ -271,6 +276,14 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _chosen(family: Family, problem: Problem, x: Tensor) -> Config:
+    """The tables' choice; for float16, in which scaled weights may be subnormal, among the forms with exact ones."""
+    config = config_for(family, problem, x.device)
+    if x.dtype != torch.float16 or config.form in ("", READ_PERMUTED):
+        return config
+    return next(c for c in family.fitting(problem) if c.form in ("", READ_PERMUTED))
+
+
 def launch(
     family: Family,
     x: Tensor,
@@ -287,18 +300,25 @@ def launch(
 ) -> Tensor:
     """Multiplies in a configuration of `family`, the tables' one where `config` is None."""
     (m, k), n = x.shape, w_packed.shape[0]
+    if w_packed.shape[1] != words_for(k) or tuple(w_scale.shape) != (n, k // group_size) or k % group_size:
+        given = f"words {tuple(w_packed.shape)}, scales {tuple(w_scale.shape)}"
+        raise ValueError(f"x with K = {k} in groups of {group_size} does not fit {given}")
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    if m == 0:
+    if m == 0 or n == 0:
         return out
-    config = config or config_for(family, Problem(m=m, n=n, k=k), x.device)
+    if k == 0:
+        return out.zero_() if bias is None else out.copy_(bias)
+    config = config or _chosen(family, Problem(m=m, n=n, k=k), x)
     w_packed = w_packed.contiguous()
+    # Offsets along a row of scales are 32 bits wide.
+    w_scale = w_scale if w_scale.stride(1) * w_scale.shape[1] < LONGEST_OFFSET else w_scale.contiguous()
     w_zero = None if w_zero is None else zero_layout(w_zero, w_scale)
     if config.form == "dequantize":
         dense = dequantize(w_packed, w_scale, group_size, w_zero, x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
     if config.block_k % group_size and group_size % config.block_k:
         raise ValueError(f"steps of {config.block_k} columns do not fit groups of {group_size}")
-    if w_zero is not None and x_sums is None:
+    if w_zero is not None and x_sums is None and config.form != "scaled":
         x_sums = group_sums(_dense(x), group_size)
     order = _order(x, config)
     x = in_fragment_order(x) if order == PERMUTED_X else _dense(x)
@@ -334,7 +354,7 @@ def launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            STEP=min(config.block_k, _step(group_size)),
+            STEP=min(config.block_k, step_of(group_size)),
             EVEN_K=k % config.block_k == 0,
             SPLIT_K=config.split_k,
             GROUP_M=config.group_m,

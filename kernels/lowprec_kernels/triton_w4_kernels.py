@@ -187,6 +187,11 @@ def w4_kernel(
                 there = units + step * UNITS < stride_w
             lo, hi = _operands(w + (w_at + step * UNITS), there, KIND, FAST, ORDER)
             factor = _column(factors, part * STEP // GROUP)
+            if SCALED and zero is not None:
+                # Before they are scaled: what is rounded must not be larger than the weight.
+                first = step * STEP // GROUP
+                z = tl.load(z_at + tl.minimum(first, groups - 1) * stride_g).to(KIND)
+                lo -= z[:, None]
             if residual is not None:
                 r_lo, r_hi = _operands(residual + (w_at + step * UNITS), there, KIND, FAST, ORDER)
                 lo = lo * NESTED + r_lo
@@ -201,6 +206,10 @@ def w4_kernel(
                     acc += sums.to(tl.float32) * factor[:, None]
                 factor = _column(factors, part * STEP // GROUP + 1)
                 sums = none
+            if SCALED and zero is not None:
+                if GROUP == 32:
+                    z = tl.load(z_at + tl.minimum(first + 1, groups - 1) * stride_g).to(KIND)
+                hi -= z[:, None]
             if residual is not None:
                 hi = hi * NESTED + r_hi
             if SCALED:

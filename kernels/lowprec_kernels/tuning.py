@@ -56,7 +56,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """x[m, k] @ w[n, k]^T, `experts` of them with m rows in total."""
+    """x[m, k] @ w[n, k]^T; with `experts`, m is the mean number of rows of one."""
 
     m: int
     n: int
@@ -217,4 +217,4 @@ def _config_for(family: Family, n: int, k: int, experts: int, end: int, index: i
 
 
 def _distance(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
-    return sum(abs(math.log(a / b)) for a, b in zip(shape, other, strict=True))
+    return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(shape, other, strict=True))

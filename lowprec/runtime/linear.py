@@ -53,6 +53,9 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, getattr(operands, name))
         self.kernels = choose(kernels, self.scheme, operands.n, operands.k, operands.codes.device.type)
         self._states: dict[str, State] = {}
+        if operands.codes.is_cuda:
+            # Laying out allocates and waits for the device, which a CUDA graph that is captured later cannot hold.
+            self._states = {kernel.name: kernel.prepare(operands) for kernel in set(self.kernels)}
 
     @classmethod
     def from_quantized(
