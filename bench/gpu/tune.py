@@ -2,8 +2,9 @@
 
 For a problem all candidates are measured shortly; the three fastest are measured again, interleaved, and what of them
 is right (against float64, on the first and last rows of w) and fastest goes into the table. A candidate that raises or
-gives wrong numbers is left out, one that a worker died on is not tried again. The table is the one that ships, with the
-entries measured here put in; it is written after every problem, by the one process that measures.
+gives wrong numbers is left out, one that a worker died on is not tried again. Where most candidates were left out
+nothing is entered. The table is the one that ships, with the entries measured here put in; it is written after every
+problem, by the one process that measures.
 """
 
 import functools
@@ -203,6 +204,9 @@ class Tuner:
                 if self.setting.device == "cuda":
                     torch.cuda.synchronize()
                 left_out[config_label(config)] = described(error)
+        if len(found) < len(left_out):
+            # The best of few would stand in the way of the best guess, and of a later run's choice.
+            raise RuntimeError(f"only {len(found)} of {len(configs)} candidates ran: {left_out}")
         ranked = sorted(found, key=found.__getitem__)
         while ranked:
             best = ranked[:FINALISTS]
