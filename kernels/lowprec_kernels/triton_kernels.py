@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lowprec_kernels import reference
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind
-from lowprec_kernels.packing import CHUNK, PLANE
 from lowprec_kernels.triton_cast import quantize
 from lowprec_kernels.triton_common import counters
 from lowprec_kernels.triton_w4 import (
@@ -58,7 +57,7 @@ def _has_fp8(n: int, k: int, group_size: int | None) -> str | None:
 
 
 def _int4_groups(n: int, k: int, group_size: int | None) -> str | None:
-    return unsupported(group_size or CHUNK)
+    return "INT4 weights need a group size" if group_size is None else unsupported(group_size)
 
 
 def _fp8_groups(n: int, k: int, group_size: int | None) -> str | None:
@@ -161,23 +160,29 @@ def _int4_layout(operands: Operands) -> tuple[Tensor, ...]:
 def _w4a16(state: State, x: Tensor) -> Tensor:
     codes, scale, *zero = state.tensors
     o = state.operands
-    return w4a16_gemm(_half(x), codes, scale, o.bias, o.group_size or PLANE, zero[0] if zero else None)
+    return w4a16_gemm(_half(x), codes, scale, o.bias, _group_size(o), zero[0] if zero else None)
 
 
 def _w4a8_int8(state: State, x: Tensor) -> Tensor:
     x_codes, x_scale = _codes(state, x, "int8")
     codes, scale = state.tensors
     o = state.operands
-    return w4a8_int8_gemm(x_codes, x_scale, codes, scale, o.bias, o.group_size or PLANE, _out_dtype(x))
+    return w4a8_int8_gemm(x_codes, x_scale, codes, scale, o.bias, _group_size(o), _out_dtype(x))
 
 
 def _w4a8_fp8(state: State, x: Tensor) -> Tensor:
     codes, scale = state.tensors
     o = state.operands
-    group, out_dtype = o.group_size or PLANE, _out_dtype(x)
+    group, out_dtype = _group_size(o), _out_dtype(x)
     # The cast gives sums of short groups with its one pass; those of others are taken afterwards.
     x_codes, x_scale, sums = _codes_and_sums(state, x, "fp8", group if group <= MOST_SUMMED else None)
     return w4a8_fp8_gemm(x_codes, x_scale, codes, scale, o.bias, group, out_dtype, sums)
+
+
+def _group_size(operands: Operands) -> int:
+    if operands.group_size is None:
+        raise ValueError("INT4 weights need a group size")
+    return operands.group_size
 
 
 def _as_stored(operands: Operands) -> tuple[Tensor, ...]:

@@ -21,7 +21,6 @@ def _narrow(config: Config) -> bool:
 
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
-
     step = step_of(group_size)
 
     def candidates(problem: Problem) -> list[Config]:
@@ -47,7 +46,7 @@ def nested_gemm(
     level: int,
     config: Config | None = None,
 ) -> Tensor:
-    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, [N, K/G], [N, K/G]? int8, [N]? -> [M, N].
+    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, [N, K/G], [N, K/G]?, [N]? -> [M, N].
 
     Raises:
         ValueError: `level` is neither 4 nor 8, the group size or the dtype of x is none that the kernels take.

@@ -12,9 +12,9 @@ Triton, which runs on other makers' GPUs and in the interpreter and gives the sa
     e4m3   bytes 0 .. 15 are the numbers n 2^-9 (subnormals and the first binade), so a nibble is an operand as it
            stands; 2^9 goes into the scale, and 8 times the sum of x has to come off the result: 3
 
-8-bit operands keep their columns in order. For 16-bit ones a lane of the matrix instruction holds pairs of columns that
-are eight apart, which no word does; the columns are therefore permuted (`fragment_columns`) and x is read likewise,
-which costs nothing, instead of shuffled.
+8-bit operands keep their columns in order. For 16-bit ones a lane of Hopper's matrix instruction holds pairs of columns
+that are eight apart, which no word does; there the columns are permuted (`fragment_columns`) and x is read likewise,
+instead of shuffling. Elsewhere (PERMUTED is false) Triton gives a lane the columns of a word.
 
 Sources: Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017, section 3: magic-number conversion), Marlin
 (arXiv 2408.11743, section 4).

@@ -6,16 +6,18 @@
 Codes lie in two planes of nibbles (`packing.py`): a tile of words gives two operands (`triton_unpack.py`), each to be
 multiplied with its own columns of x. Weights are the tall side of the matrix instruction and stay in registers, x is
 read from shared memory, so 16 rows of x cost what one costs. For few rows K is split over blocks until memory is busy.
-16-bit operands have their columns permuted: a short x is read permuted, a long one is permuted in memory first.
+On Hopper's own instructions 16-bit operands have their columns permuted: a short x is read permuted, a long one is
+permuted in memory first. Elsewhere columns stay in order.
 
 The scale of a group goes on the float32 sum of that group, so that weights are exact operands and w4a8-int8 sums a
 group exactly. Two forms for many rows give that up or go around it: "scaled" multiplies the weights by their scales,
 rounded to x's dtype, and keeps one sum (no sums of groups in registers: twice the tile); "dequantize" writes the scaled
 weights out once and leaves the product to the vendor's matmul.
 
-int8 operands are 16 times the code. Zero points are never in the operands: they add sum_g s[n, g] z[n, g] X[m, g] with
-X the sums of x over each group (`group_sums`), a small product that is taken off once, before the loop. So is the
-offset of e4m3 operands, which are code + 8 (z = -8 for all groups). An infinite x times a zero point is NaN there.
+int8 operands are 16 times the code. Where weights are not scaled, zero points are not in the operands: they add
+sum_g s[n, g] z[n, g] X[m, g] with X the sums of x over each group (`group_sums`), a small product that is taken off
+once, before the loop. So is the offset of e4m3 operands, which are code + 8 (z = -8 for all groups). An infinite x
+times a zero point is NaN there.
 
 Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7] and two levels over one storage:
 

@@ -52,7 +52,7 @@ def _column(tile, place: tl.constexpr):
 
 @triton.jit
 def _in_two(values):
-    """float32 values as the sum of two that tf32 holds (nearly: 16 bits of the 24)."""
+    """float32 values as a bfloat16 value, which tf32 holds, and the rest, of which tf32 holds the upper 11 bits."""
     upper = values.to(tl.bfloat16).to(tl.float32)
     return upper, values - upper
 
