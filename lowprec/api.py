@@ -32,10 +32,11 @@ from lowprec.pipeline.prove import prove
 from lowprec.pipeline.score import check, score
 from lowprec.pipeline.summarise import summarise
 from lowprec.records import Budget, Objective, Workload
-from lowprec.report import RunProgress, report_html, report_json
+from lowprec.report import RunProgress, numbers, report_html, report_json
 from lowprec.results import Report
 from lowprec.settings import Effort, Settings, effort_named, parse_budget
 from lowprec.steps.load import Model, load, wrap
+from lowprec.steps.rotate import turned
 from lowprec.targets import target_for
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -52,6 +53,7 @@ def optimize(
     workload: Workload | None = None,
     effort: Effort | str = "balanced",
     smooth: bool = True,
+    rotate: bool = False,
     heal: bool | None = None,
     embeddings: bool | None = None,
     schemes: Sequence[str] = ("fp8", "int8", "int4"),
@@ -72,6 +74,8 @@ def optimize(
         device: "cpu", "cuda", or a device to plan for by its published figures ("h100", "mi300x", ...).
         effort: "fast", "balanced" or "best".
         smooth: whether scales are merged between layers before anything is rounded; the model's function stays.
+        rotate: whether hidden states are put into a random basis before anything else; the model's function stays,
+            but a head that was tied to the embedding gets a weight of its own.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
         schemes: families or names of schemes that may be chosen; bf16 always may.
@@ -99,6 +103,7 @@ def optimize(
         workload=workload or Workload(),
         effort=effort if isinstance(effort, Effort) else effort_named(effort),
         smooth=smooth,
+        rotate=rotate,
         heal=heal,
         embeddings=embeddings,
         schemes=tuple(schemes),
@@ -131,7 +136,8 @@ def begin(
         budget: "5%", 0.05, or a `Budget`; None takes that of the settings.
 
     Raises:
-        LowprecError: bad input, a folder that is in use, or a run that would not fit into memory or onto the disk.
+        LowprecError: bad input, a folder that is in use, a model that cannot be turned and should be, or a run that
+            would not fit into memory or onto the disk.
     """
     with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
 
@@ -143,10 +149,22 @@ def begin(
         else:
             with shown.step("load"):
                 model = load(model, trust_remote_code=trust_remote_code, before_weights=look)
+        if settings.rotate:
+            model = _turned(model, settings, shown)
         if budget is not None:
             found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
             settings = dataclasses.replace(settings, budget=found)
         yield context_of(model, settings, folder, shown)
+
+
+def _turned(model: Model, settings: Settings, progress: RunProgress) -> Model:
+    """The model in another basis, and a word on what that costs."""
+    with progress.step("rotate"):
+        made = turned(model, settings.seed)
+    if more := made.bytes - model.bytes:
+        size = numbers.plain(numbers.byte_size(more))
+        progress.note(f"turned, the head is not tied to the embedding any more: {size} more before rounding")
+    return made
 
 
 def default_metric(model: Model) -> str:

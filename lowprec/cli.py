@@ -65,6 +65,13 @@ def calibrate(
     smooth: Annotated[
         bool, typer.Option(help="Merge scales between layers, so that less is lost by rounding; the function stays.")
     ] = True,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            help="Put hidden states into a random basis, so that less is lost by rounding inputs; the function stays. "
+            "A head that was tied to the embedding gets a weight of its own."
+        ),
+    ] = False,
     heal: Annotated[
         bool | None, typer.Option(help="Tune the scales of each measured mix end to end; left out, the effort decides.")
     ] = None,
@@ -109,6 +116,7 @@ def calibrate(
             workload=workload,
             effort=effort,
             smooth=smooth,
+            rotate=rotate,
             heal=heal,
             embeddings=embeddings,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],

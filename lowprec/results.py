@@ -173,7 +173,8 @@ class Report:
     """Everything that report.json and report.html show.
 
     `unread_data` is True when no part of the held-out data had been looked at by an earlier run on this folder;
-    else `reused` is True. `rounds` has, per verification round, (predicted, measured) loss on tuning data.
+    else `reused` is True. `rounds` has, per verification round, (predicted, measured) loss on tuning data. `turned`
+    says whether the artefact's hidden states have another basis than the model's.
     """
 
     model: str
@@ -200,4 +201,5 @@ class Report:
     peak_memory_bytes: int = 0
     artefact: str = ""
     artefact_form: ArtefactForm = "compressed-tensors"
+    turned: bool = False
     schema_version: int = SCHEMA_VERSION

@@ -20,6 +20,7 @@ class Effort:
         checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
         compensated: round every mix that is measured once more, each group making up for those before it.
         weighted: whether the tokens of the calibration text weigh as their gradients say in that.
+        two_sided: with `weighted`, whether rows make up for each other's errors, as their outputs' gradients say.
         learning_steps: steps of learned rounding for each block of every mix that is compensated.
         healing_passes: passes over the calibration text that tune the scales of every mix that is measured.
         rounds: verification rounds at most.
@@ -39,6 +40,7 @@ class Effort:
     window: int = 256
     solver: str = "gptq"
     weighted: bool = False
+    two_sided: bool = False
     learning_steps: int = 0
     healing_passes: int = 0
 
@@ -79,6 +81,7 @@ EFFORTS = {
             checked_tokens=8_192,
             compensated=True,
             weighted=True,
+            two_sided=True,
             rounds=4,
             healing_passes=1,
         ),
@@ -101,6 +104,8 @@ class Settings:
         dollars_per_hour: price of that device, None for its list price.
         calibration_device: where calibration computes.
         smooth: whether scales are merged between layers, so that less is lost by rounding; the model's function stays.
+        rotate: whether hidden states, and values in heads, are put into a random basis first; the model's function
+            stays, a head that was tied to the embedding gets a weight of its own.
         heal: whether mixes are healed; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, one that a head is tied to with the head; None: when bytes
             are the objective. Such an artefact is in lowprec's own form.
@@ -119,6 +124,7 @@ class Settings:
     dollars_per_hour: float | None = None
     calibration_device: str = "cpu"
     smooth: bool = True
+    rotate: bool = False
     heal: bool | None = None
     embeddings: bool | None = None
     seed: int = 0

@@ -57,6 +57,17 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, arguments: lis
 
 
 @pytest.mark.slow
+def test_a_model_that_cannot_be_turned_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    done = lowprec("calibrate", tiny.folder(tmp_path / "model", "gpt2"), "--rotate", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "the hidden states of this model cannot be turned" in done.stderr
+    assert "leave --rotate out" in done.stderr
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.slow
 def test_damaged_models_are_named_and_debug_shows_where(tmp_path: Path) -> None:
     model = tiny.folder(tmp_path / "model")
     weights = model / "model.safetensors"

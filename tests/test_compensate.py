@@ -316,12 +316,13 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
     stream = Stream(tiny.decoder(name), decoder_forward, batches(1, 0)[0])
     groups, _ = find_groups(stream)
     some = batches(2, 3)
-    found = token_importance(stream, groups, some, Tokens(), seed=4)
+    products: dict[str, list[Tensor]] = {}
+    found = token_importance(stream, groups, some, Tokens(), 4, lambda g, d: products.setdefault(g.name, list(d)))
     inside = [g for g in groups if g.block is not None]
     assert set(found) == {g.name for g in inside}
     group = next(g for g in inside if g.block == 1)
     model = tiny.decoder(name).float()
-    generator, squares = torch.Generator().manual_seed(4), []
+    generator, squares, outer = torch.Generator().manual_seed(4), [], [torch.zeros(())] * len(group.layers)
     for batch in some:
         outputs: list[Tensor] = []
         handles = [
@@ -331,6 +332,7 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
         likelihood = Tokens().sampled_log_likelihood(model(batch.ids).logits, batch, generator)
         gradients = torch.autograd.grad(likelihood, outputs)
         squares.append(torch.stack([g.square().mean(-1) for g in gradients]).sum(0) * batch.mask())
+        outer = [o + g.flatten(0, -2).T @ g.flatten(0, -2) for o, g in zip(outer, gradients, strict=True)]
         for handle in handles:
             handle.remove()
     flat = torch.cat([s[b.mask()] for s, b in zip(squares, some, strict=True)])
@@ -339,6 +341,17 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
     assert float(weights.mean()) == pytest.approx(1.0, rel=1e-4)
     # The pass computes in bfloat16 where that is fast, and so may draw other labels here and there.
     assert float(torch.corrcoef(torch.stack([weights, expected / expected.mean()]))[0, 1]) > 0.9
+    for known, wanted in zip(products[group.name], outer, strict=True):
+        assert float(torch.corrcoef(torch.stack([known.flatten(), wanted.flatten()]))[0, 1]) > 0.9
+        assert float(known.trace() / wanted.trace()) == pytest.approx(1.0, rel=0.2)
+
+
+def test_what_is_known_of_outputs_is_gathered_over_the_first_tokens_alone() -> None:
+    stream = Stream(tiny.decoder(), decoder_forward, batches(1, 0)[0])
+    groups, _ = find_groups(stream)
+    kept: list[str] = []
+    token_importance(stream, groups, batches(8, 3), Tokens(), 4, lambda g, _: kept.append(g.name))
+    assert sorted(kept) == sorted(g.name for g in groups if g.block is not None), "each once"
 
 
 def test_a_heavy_token_shapes_the_hessian(folder: RunFolder) -> None:

@@ -200,6 +200,27 @@ def test_too_little_text_first_gives_up_looks_then_size_then_says_what_is_needed
         split([Document(source="a", text="short")], Words(), SMALL)
 
 
+def test_more_text_grows_tuning_and_held_out_and_leaves_calibration_as_it_is() -> None:
+    usual, grown = made(), made(sizes=dataclasses.replace(SMALL, growth=2.0))
+    assert grown.calibration.digest == usual.calibration.digest
+    assert 2 * SMALL.tuning <= grown.tuning.tokens <= 2 * SMALL.tuning + 2 * SMALL.window
+    assert [2 * SMALL.held_out <= look.tokens for look in grown.held_out] == [True, True]
+    assert set(grown.tuning.units) >= set(usual.tuning.units)
+
+
+def test_where_looks_cannot_grow_they_become_one() -> None:
+    sizes = SplitSizes(calibration=1500, tuning=800, held_out=1500, window=64)
+    usual, grown = made(sizes=sizes), made(sizes=dataclasses.replace(sizes, growth=10.0))
+    assert [len(usual.held_out), len(grown.held_out)] == [2, 1]
+    looks = [set(look.units) for look in usual.held_out]
+    assert set(grown.held_out[0].units) == looks[0] | looks[1]
+    assert grown.held_out[0].tokens >= sum(look.tokens for look in usual.held_out)
+    assert not set(grown.held_out[0].units) & {*grown.calibration.units, *grown.tuning.units}
+    assert f"the judge looks once, at {grown.held_out[0].tokens} tokens" in grown.summary.notes[-1]
+    with pytest.raises(ConfigError, match=r"grow 0\.5 times: give 1 or more"):
+        dataclasses.replace(sizes, growth=0.5)
+
+
 def test_text_files_are_cut_at_blank_lines(tmp_path: Path) -> None:
     text = "\n\n".join(paragraph(i) for i in range(200))
     parts = list(cut_text(text, 1000))

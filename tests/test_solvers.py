@@ -1,5 +1,6 @@
 """Contracts of every solver in every weight format, and GPTQ against a plain float64 one."""
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from lowprec.formats.base import as_bfloat16
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.base import fit_grid
 from lowprec.solvers.gptq import Gptq, output_error, refit_scales
+from lowprec.solvers.two_sided import OUTPUT_DAMPING, TwoSided, _Layer
 
 FORMATS = list(WEIGHT_FORMATS)
 ALL = list(SOLVERS)
@@ -287,3 +289,62 @@ def test_output_error() -> None:
     whole = float(torch.trace(w.double() @ statistics.hessian.double() @ w.double().T))
     expected = trace_error(w, found, statistics.hessian) / whole
     assert output_error(w, found, statistics.hessian) == pytest.approx(expected)
+
+
+def outputs(n: int, seed: int = 0, rank: int = 12) -> Tensor:
+    """D^T D of gradients [4 n, n] that nearly lie in few directions, as those behind a projection do."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(4 * n, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    d += 0.3 * torch.randn(4 * n, n, generator=generator)
+    return d.T @ d / len(d)
+
+
+def two_sided_error(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, g: Tensor) -> float:
+    """trace(G E H E^T) in float64, written out."""
+    e = w.double() - quantized.dequantize().double()
+    return float(torch.trace(g.double() @ e @ hessian.double() @ e.T))
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g32-asym", "int3-g64"])
+@pytest.mark.parametrize("rows", [16, 50, 96])
+def test_rows_that_make_up_for_each_other_reach_less_of_the_output(name: str, rows: int) -> None:
+    fmt, (w, statistics), g = WEIGHT_FORMATS[name], layer(n=96), outputs(96)
+    known = dataclasses.replace(statistics, outputs=(g,))
+    alone = two_sided_error(w, Gptq().solve(w, fmt, statistics), statistics.hessian, g)
+    together = two_sided_error(w, TwoSided(rows=rows).solve(w, fmt, known), statistics.hessian, g)
+    # With all rows in one block nobody makes up for anybody.
+    assert together < {16: 0.5, 50: 0.8, 96: 1.01}[rows] * alone
+    assert rows < 96 or together > 0.99 * alone
+
+
+def test_a_block_aims_at_what_all_rows_to_come_can_do_best() -> None:
+    w, g = layer(n=32).w, outputs(32)
+    damped = g.double() + OUTPUT_DAMPING * g.diagonal().mean() * torch.eye(32)
+    order = torch.argsort(g.diagonal(), descending=True)
+    rounded = _Layer(w, g, TwoSided(rows=8), WEIGHT_FORMATS["int4-g64"])
+    torch.testing.assert_close(rounded.target(0), w[order[:8]])
+    for number in range(2):
+        rounded.take(number, Gptq().solve(rounded.target(number), WEIGHT_FORMATS["int4-g64"], layer().statistics))
+    before, after = order[:16], order[16:]
+    error = w[before].double() - torch.cat([q.dequantize() for q in rounded._solved])
+    best = w[after] + torch.linalg.solve(damped[after][:, after], damped[after][:, before] @ error)
+    torch.testing.assert_close(rounded.target(2).double(), best[:8], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_of_a_group_do_not_make_up_for_each_other() -> None:
+    fmt, (w, statistics) = WEIGHT_FORMATS["int4-g64"], layer(n=112)
+    parts, known = w.split([80, 32]), (outputs(80, 1), outputs(32, 2))
+    whole = TwoSided().solve(w, fmt, dataclasses.replace(statistics, outputs=known))
+    alone = [
+        TwoSided().solve(part, fmt, dataclasses.replace(statistics, outputs=(g,)))
+        for part, g in zip(parts, known, strict=True)
+    ]
+    assert float((whole.codes == torch.cat([q.codes for q in alone])).float().mean()) > 0.995
+
+
+def test_outputs_of_other_rows_are_refused() -> None:
+    w, statistics = layer()
+    with pytest.raises(ConfigError, match=r"N = 48 has Hessians of 40 \+ 9 outputs"):
+        TwoSided().solve(
+            w, WEIGHT_FORMATS["int4-g64"], dataclasses.replace(statistics, outputs=(outputs(40), outputs(9)))
+        )

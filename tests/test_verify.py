@@ -14,7 +14,7 @@ from lowprec.settings import effort_named, parse_budget
 from lowprec.steps.allocate import Allocation, Option, allocate
 from lowprec.steps.correction import Correction
 from lowprec.steps.cost import candidates, group_costs, rows_of, stored_bytes, time_shapes
-from lowprec.steps.metrics import metric_of, tuning_loss
+from lowprec.steps.metrics import metric_of, text_growth, tuning_loss
 from lowprec.steps.tokens import TokenSet
 from lowprec.steps.verify import Curve, Measured, verify
 
@@ -266,3 +266,17 @@ def test_the_tuning_bound_leaves_room_for_the_noise_of_what_the_judge_will_read(
     alike, endless = (tuning_loss(metric, table, data, data.batches(), n, 0) for n in (data.tokens, 10**12))
     assert alike[0] == endless[0]
     assert alike[1] - alike[0] == pytest.approx(math.sqrt(2.0) * (endless[1] - endless[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit", "growth"),
+    [
+        ("perplexity", 0.05, 1.0),
+        ("perplexity", 0.2, 1.0),
+        ("perplexity", 0.025, 2.0),
+        ("perplexity", 0.001, 3.0),
+        ("top1", 0.001, 1.0),
+    ],
+)
+def test_small_budgets_of_perplexity_take_more_text(metric: str, limit: float, growth: float) -> None:
+    assert text_growth(Budget(metric=metric, limit=limit)) == pytest.approx(growth)

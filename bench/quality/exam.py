@@ -52,11 +52,11 @@ class Exam:
         ).batches(BATCH_TOKENS)
         self._reference: Tensor | None = None
 
-    def choices(self, overlay: Overlay) -> Choices:
-        """What the model answers under `overlay`."""
+    def choices(self, stream: Stream, overlay: Overlay) -> Choices:
+        """What a model answers under `overlay`; one that was turned has a stream of its own."""
         if self._reference is None:
-            self._reference = self._answers(NOTHING)
-        answers = self._answers(overlay)
+            self._reference = self._answers(self._stream, NOTHING)
+        answers = self._answers(stream, overlay)
         return Choices(
             questions=len(answers),
             right=float((answers == self._right).double().mean()),
@@ -64,13 +64,13 @@ class Exam:
         )
 
     @torch.no_grad()
-    def _answers(self, overlay: Overlay) -> Tensor:
+    def _answers(self, stream: Stream, overlay: Overlay) -> Tensor:
         """[questions] index of the letter."""
         answers = torch.empty(len(self._right), dtype=torch.int64)
-        done = run_through(self._stream, self._batches, overlay)
-        with self._stream.outer(overlay):
+        done = run_through(stream, self._batches, overlay)
+        with stream.outer(overlay):
             for batch, hidden in zip(self._batches, done.hidden, strict=True):
-                logits = self._stream.leave(hidden, batch)
+                logits = stream.leave(hidden, batch)
                 last = logits[torch.arange(len(batch.ids)), batch.lengths - 1]
                 index = torch.tensor(batch.index)
                 answers[index] = last.gather(1, self._letters[index]).argmax(1)

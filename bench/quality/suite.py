@@ -3,9 +3,10 @@
     python bench/quality/suite.py .demo/model.gguf --peer auto-round=VENV/bin/python --peer hqq=OTHER/bin/python
 
 Every method runs in a process of its own (peers with the interpreter of their own environment), one after the other,
-and hands back the weights that it would compute with; those are judged here, in one runtime, against the same
-reference. A method whose result is in the folder already is neither run nor judged again. The head stays bfloat16.
-Intervals are those of the judge: 95 %, over units of text, paired with the reference.
+and hands back the weights that it would compute with (one that turned the model first, all of it); those are judged
+here, in one runtime, against the same reference. A method whose result is in the folder already is neither run nor
+judged again. The head stays bfloat16. Intervals are those of the judge: 95 %, over units of text, paired with the
+reference.
 """
 
 import json
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,34 +46,75 @@ BATCH_TOKENS = 2048
 CONFIDENCE = 0.95
 EVERYTHING = "all"
 SCORES, CHOICES = "scores.json", "choices.json"
-# Name, solver, steps of learned rounding, passes of healing.
-PLAIN, COMPENSATED, LEARNED, HEALED, BOTH = (
-    ("plain rounding", "rtn", "0", "0"),
-    ("compensated", "gptq-quick", "0", "0"),
-    ("learned", "gptq-quick", "40", "0"),
-    ("healed", "gptq-quick", "0", "1"),
-    ("learned and healed", "gptq-quick", "40", "1"),
-)
-# (scheme, rounding, whether scales are merged between layers before, whether calibration tokens weigh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """One of lowprec's lines.
+
+    Attributes:
+        kind: the rounding's name; its `solver`, `steps` of learned rounding, and `passes` of healing.
+        smoothed, weighted, two_sided, rotated: whether scales are merged between layers before, calibration tokens
+            weigh, rows make up for each other's errors (tokens weigh then, too), hidden states are turned before.
+    """
+
+    kind: str
+    solver: str = "gptq-quick"
+    steps: int = 0
+    passes: int = 0
+    scheme: str = ""
+    smoothed: bool = False
+    weighted: bool = False
+    two_sided: bool = False
+    rotated: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        flags = ("weighted", "two_sided", "smoothed", "rotated")
+        how = [self.kind, *(flag.replace("_", "-") for flag in flags if getattr(self, flag))]
+        return f"lowprec {', '.join(how)}, {self.scheme}"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of its worker."""
+        flags = (self.smoothed, self.weighted, self.two_sided, self.rotated)
+        return self.scheme, self.solver, *(str(int(n)) for n in (self.steps, self.passes, *flags))
+
+
+PLAIN = Ours(kind="plain rounding", solver="rtn")
+COMPENSATED = Ours(kind="compensated")
+LEARNED = Ours(kind="learned", steps=40)
+HEALED = Ours(kind="healed", passes=1)
+BOTH = Ours(kind="learned and healed", steps=40, passes=1)
 OURS = (
-    ("w4a16-g64", PLAIN, 0, 0),
-    ("w4a16-g64", COMPENSATED, 0, 0),
-    ("w4a16-g64", COMPENSATED, 0, 1),
-    ("w4a16-g64", LEARNED, 0, 0),
-    ("w4a16-g64", HEALED, 0, 0),
-    ("w4a16-g64", HEALED, 1, 0),
-    ("w4a16-g64", BOTH, 0, 0),
-    ("w4a16-g32-asym", COMPENSATED, 0, 0),
-    ("w4a16-g32-asym", HEALED, 0, 0),
-    ("w3a16-g64", COMPENSATED, 0, 0),
-    ("w3a16-g64", HEALED, 0, 0),
-    ("w8a16", PLAIN, 0, 0),
-    ("w8a8-int8", PLAIN, 0, 0),
-    ("w8a8-int8", PLAIN, 1, 0),
-    ("w8a8-int8", COMPENSATED, 1, 0),
-    ("w8a8-int8", HEALED, 1, 0),
-    ("w4a8-int8-g64", HEALED, 0, 0),
-    ("w4a8-int8-g64", HEALED, 1, 0),
+    replace(PLAIN, scheme="w4a16-g64"),
+    replace(COMPENSATED, scheme="w4a16-g64"),
+    replace(COMPENSATED, scheme="w4a16-g64", weighted=True),
+    replace(COMPENSATED, scheme="w4a16-g64", two_sided=True),
+    replace(COMPENSATED, scheme="w4a16-g64", rotated=True),
+    replace(LEARNED, scheme="w4a16-g64"),
+    replace(HEALED, scheme="w4a16-g64"),
+    replace(HEALED, scheme="w4a16-g64", smoothed=True),
+    replace(HEALED, scheme="w4a16-g64", rotated=True),
+    replace(HEALED, scheme="w4a16-g64", two_sided=True),
+    replace(BOTH, scheme="w4a16-g64"),
+    replace(BOTH, scheme="w4a16-g64", two_sided=True),
+    replace(COMPENSATED, scheme="w4a16-g32-asym"),
+    replace(HEALED, scheme="w4a16-g32-asym"),
+    replace(COMPENSATED, scheme="w3a16-g64"),
+    replace(HEALED, scheme="w3a16-g64"),
+    replace(HEALED, scheme="w3a16-g64", two_sided=True),
+    replace(PLAIN, scheme="w8a16"),
+    replace(PLAIN, scheme="w8a8-int8"),
+    replace(PLAIN, scheme="w8a8-int8", smoothed=True),
+    replace(COMPENSATED, scheme="w8a8-int8", smoothed=True),
+    replace(HEALED, scheme="w8a8-int8", smoothed=True),
+    replace(HEALED, scheme="w4a8-int8-g64"),
+    replace(HEALED, scheme="w4a8-int8-g64", smoothed=True),
+    replace(COMPENSATED, scheme="w4a8-int8-g64", rotated=True),
+    replace(HEALED, scheme="w4a8-int8-g64", rotated=True),
+    replace(HEALED, scheme="w4a8-int8-g64", smoothed=True, rotated=True),
 )
 # (peer, name, arguments of its worker)
 PEERS = (
@@ -136,13 +178,13 @@ def methods(peers: Mapping[str, str]) -> list[Method]:
     """Ours, and those peers whose interpreter is given."""
     found = [
         Method(
-            name=f"lowprec {kind}{', weighted' * weigh}{', smoothed' * smooth}, {scheme}",
+            name=ours.name,
             worker="worker_lowprec.py",
             python=sys.executable,
-            arguments=(scheme, solver, steps, passes, str(smooth), str(weigh)),
-            activation=scheme_named(scheme).activation,
+            arguments=ours.arguments,
+            activation=scheme_named(ours.scheme).activation,
         )
-        for scheme, (kind, solver, steps, passes), smooth, weigh in OURS
+        for ours in OURS
     ]
     return found + [
         Method(name=name, worker=f"worker_{peer.replace('-', '_')}.py", python=peers[peer], arguments=arguments)
@@ -213,7 +255,7 @@ class Bench:
             known = from_json(Judged, file.read_text())
             if known.text == self._judged.digest:
                 return known.scores
-        found = self._scores(self._overlay(folder, activation))
+        found = self._scores(*self._candidate(folder, activation))
         file.write_text(to_json(Judged(text=self._judged.digest, scores=found)))
         return found
 
@@ -222,28 +264,36 @@ class Bench:
         file = folder / CHOICES
         if file.exists():
             return from_json(Choices, file.read_text())
-        with self._stream.computing(self._dtype):
-            found = self._exam.choices(self._overlay(folder, activation))
+        stream, overlay = self._candidate(folder, activation)
+        with self._stream.computing(self._dtype), stream.computing(self._dtype):
+            found = self._exam.choices(stream, overlay)
         file.write_text(to_json(found))
         return found
 
-    def _overlay(self, folder: Path, activation: str | None) -> Overlay:
-        """A method's weights; `activation` is what the inputs of the blocks' layers are rounded to."""
+    def _candidate(self, folder: Path, activation: str | None) -> tuple[Stream, Overlay]:
+        """A method's model, the reference's unless it saved one of its own, and its weights.
+
+        `activation` is what the inputs of the blocks' layers are rounded to.
+        """
+        stream = self._stream
+        if (own := folder / "model").exists():
+            turned = load(own)
+            stream = Stream(turned.module, turned.forward, self._batches[0])
         weights = load_file(folder / WEIGHTS)
-        return {
+        return stream, {
             layer: Override(
                 weight=lambda w=weights[name]: w.float(),  # type: ignore[misc]
                 activation=activation,
                 activation_exponents=weights.get(f"{layer}.exponents"),
             )
-            for layer in self._stream.layers
-            if (name := f"{layer}.weight") in weights and self._stream.block_of(layer) is not None
+            for layer in stream.layers
+            if (name := f"{layer}.weight") in weights and stream.block_of(layer) is not None
         }
 
-    def _scores(self, overlay: Overlay) -> tuple[Score, ...]:
+    def _scores(self, stream: Stream, overlay: Overlay) -> tuple[Score, ...]:
         """Per text, and over all of them."""
-        with self._stream.computing(self._dtype):
-            candidate = run_through(self._stream, self._batches, overlay)
+        with self._stream.computing(self._dtype), stream.computing(self._dtype):
+            candidate = run_through(stream, self._batches, overlay)
             table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
         found = paired(table, self._judged, self._batches)
         by_text = [(name, found.source == number) for number, name in enumerate(TEXTS)]

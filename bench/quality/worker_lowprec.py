@@ -1,11 +1,12 @@
 """lowprec's rounding of one scheme for all layers.
 
-    worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER STEPS PASSES SMOOTH WEIGH
+    worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER STEPS PASSES SMOOTH WEIGH TWO_SIDED ROTATE
 
 SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated, with STEPS of learned
 rounding in each block, 0 for none; PASSES of healing follow, 0 for none; SMOOTH is 1 when scales are merged between the
-layers first, WEIGH when calibration tokens weigh as their gradients say. The head stays as it is. These are the steps
-that `lowprec calibrate` takes for each mix.
+layers first, WEIGH when calibration tokens weigh as their gradients say, TWO_SIDED when rows make up for each other's
+errors as well, ROTATE when hidden states and heads are turned before: the whole turned model is then saved in
+OUT/model. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
 """
 
 import sys
@@ -24,8 +25,9 @@ from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import token_importance
 from lowprec.steps.learn import Learning
-from lowprec.steps.load import decoder_forward
+from lowprec.steps.load import decoder_forward, wrap
 from lowprec.steps.outcome import Tokens
+from lowprec.steps.rotate import turned
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder
 from lowprec.steps.stream import Stream
@@ -35,12 +37,14 @@ from lowprec.steps.transform import smooth
 ROWS = 4
 
 if __name__ == "__main__":
-    model_folder, calibration, out, scheme, solver, steps, passes, smoothed, weigh = sys.argv[1:]
-    model, _ = load_model(model_folder)
+    model_folder, calibration, out, scheme, solver, steps, passes, smoothed, weigh, two_sided, rotate = sys.argv[1:]
+    model, tokenizer = load_model(model_folder)
     rows = calibration_rows(calibration)
     lengths = torch.full((ROWS,), rows.shape[1])
     batches = [Batch(ids=ids, lengths=lengths[: len(ids)], index=()) for ids in rows.split(ROWS)]
     with tempfile.TemporaryDirectory() as place, Clock() as clock, RunFolder(Path(place)) as folder:
+        if int(rotate):
+            model = turned(wrap(model, decoder_forward, kind="decoder")).module
         few = Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=())
         stream = Stream(model, decoder_forward, few)
         groups = [g for g in find_groups(stream)[0] if g.block is not None]
@@ -64,9 +68,12 @@ if __name__ == "__main__":
             name="quality",
             learning=Learning(steps=int(steps)) if int(steps) else None,
         )
-        if int(weigh):
-            importance = token_importance(stream, groups, batches, Tokens())
-            compensation = replace(compensation, importance=importance)
+        if int(weigh) or int(two_sided):
+            products = Scratch(Path(place) / "outputs", "")
+            keep = (lambda g, found: products.save(g.name, [p.bfloat16() for p in found])) if int(two_sided) else None
+            importance = token_importance(stream, groups, batches, Tokens(), keep=keep)
+            outputs = lambda group: products.load(group.name) or ()  # noqa: E731
+            compensation = replace(compensation, importance=importance, outputs=outputs)
         weighed = clock.elapsed
         if solver == "rtn":
             rounder = compensation.rounder
@@ -77,6 +84,9 @@ if __name__ == "__main__":
         rounded = clock.elapsed
         if int(passes):
             solved = Healing(**common, passes=int(passes)).run(solved)
+    if int(rotate):
+        model.to(torch.bfloat16).save_pretrained(Path(out) / "model")
+        tokenizer.save_pretrained(Path(out) / "model")
     decoded = {f"{layer}.weight": w.dequantize() for layer, w in solved.items()}
     divided = {f"{layer}.exponents": w.exponents for layer, w in solved.items() if w.exponents is not None}
     save_weights(decoded | divided, out, clock, weighing=weighed, rounding=rounded)

@@ -33,6 +33,13 @@ LOADING: dict[ArtefactForm, str] = {
 """How each form is loaded, in words; `load_snippet` has the code."""
 
 
+TURNED = (
+    "Its hidden states are in another orthonormal basis than the base model's, and the gains of its norms are in the "
+    "layers that read them. Before rounding that was the same function; single weights are not comparable, adapters of "
+    "the base model do not fit, and head and embedding are not tied."
+)
+
+
 def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
     """Python that loads the artefact; `folder` is its place as a literal."""
     auto = "AutoModelForCausalLM" if decoder else "AutoModel"
@@ -118,6 +125,7 @@ def model_card(
     licence: str | None = None,
     decoder: bool = True,
     form: ArtefactForm = "compressed-tensors",
+    turned: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -130,6 +138,7 @@ def model_card(
         licence: the base model's licence identifier, when known.
         decoder: False for encoders, which are loaded by another class.
         form: what the folder holds, which says how it is loaded.
+        turned: whether the hidden states have another basis than the base model's.
     """
     title = plan.model.rstrip("/").rpartition("/")[2] or plan.model
     parts = [_front_matter(plan, licence, decoder, form), "", f"# {title}, mixed precision", ""]
@@ -139,6 +148,8 @@ def model_card(
         f"{plan.budget.limit:.2%} ({plan.budget.kind}).",
         "",
     ]
+    if turned:
+        parts += [TURNED, ""]
     if verdict is not None:
         parts += [f"**{verdict}**: {VERDICTS[verdict]}{f' {REUSED}' if reused else ''}", ""]
     rows = [*(_loss_lines(loss) if loss else ()), *(_cost_lines(cost) if cost else ())]

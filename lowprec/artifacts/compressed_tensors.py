@@ -339,7 +339,7 @@ def write_texts(folder: Path, plan: ArtefactPlan, tokenizer: Any, generation_con
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if plan.quantization:
         stored["quantization_config"] = plan.quantization
-    if plan.untied:
+    if getattr(plan.config, "tie_word_embeddings", None) is False:
         # A value that equals the class's default is not saved, but other runtimes may know another default.
         stored["tie_word_embeddings"] = False
     write_text(folder / "config.json", json.dumps(stored, indent=2, sort_keys=True) + "\n")

@@ -144,6 +144,7 @@ def write_own_form(
     tables: Mapping[str, tuple[str, ...]] | None = None,
     tokenizer: Any = None,
     generation_config: Any = None,
+    dtype: torch.dtype | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> WrittenArtefact:
     """Writes the artefact at `path`, whole or not at all; an earlier one is replaced only after success.
@@ -157,6 +158,7 @@ def write_own_form(
         input_scales: layer -> scale of its input, a bfloat16 value; for static schemes.
         tables: layer -> the embeddings that are tied to it and take its codes.
         tokenizer, generation_config: saved along with a whole model.
+        dtype: what everything that is not quantised is stored in; None: in the dtype that it has.
         finish: called with the folder before it is put in place, to add probe set, card and digests.
 
     Returns:
@@ -179,10 +181,10 @@ def write_own_form(
     form: ArtefactForm = "lowprec-layers" if config is None else "lowprec"
     manifest = Manifest(form=form, model=name, revision=revision, module=type(module).__name__, layers=layers)
     codes = [entry for layer in layers for entry in _entries(layer, solved[layer.name])]
-    others = tensor_entries(kept)
+    others = tensor_entries({name: _in_dtype(tensor, dtype) for name, tensor in kept.items()})
     plan = ArtefactPlan(
         entries=tuple(codes if config is None else [*codes, *others]),
-        config=None if config is None else model_config(config, untied, config.dtype),
+        config=None if config is None else model_config(config, untied, dtype or config.dtype),
         quantization={},
         untied=untied,
         runtime_notes=(),
@@ -199,6 +201,10 @@ def write_own_form(
     write_folder(path, plan.bytes, fill)
     size = sum(entry.bytes for entry in [*codes, *others])
     return WrittenArtefact(path=path, weight_bytes=size, shards=1, runtime_notes=())
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.detach().to(dtype)
 
 
 def _checked(

@@ -133,7 +133,13 @@ def _own_form(chosen: Chosen, path: Path, error: UnsupportedError, parts: Mappin
         reason += f": {error.reasons[0]}{more}"
     context.progress.note(f"the artefact is in lowprec's own form: {reason}")
     written = write_own_form(
-        path, module=model.module, name=model.name, revision=model.revision, tables=tables_of(chosen), **parts
+        path,
+        module=model.module,
+        name=model.name,
+        revision=model.revision,
+        tables=tables_of(chosen),
+        dtype=None if model.original is None else model.dtype,
+        **parts,
     )
     return dataclasses.replace(written, runtime_notes=(f"no compressed-tensors checkpoint: {reason}",))
 
@@ -207,7 +213,13 @@ def saved(chosen: Chosen, group: str, scheme: str) -> float:
 
 def bytes_before(chosen: Chosen) -> int:
     """Bytes of the model as it was loaded."""
-    return sum(p.numel() * p.element_size() for p in chosen.prepared.context.model.module.parameters())
+    model = chosen.prepared.context.model
+    return model.bytes if model.original is None else model.original.bytes
+
+
+def bytes_unrounded(chosen: Chosen) -> int:
+    """Bytes of an artefact in which nothing is rounded; a turned model's has a table more where the head was tied."""
+    return chosen.prepared.context.model.bytes
 
 
 def shares(chosen: Chosen) -> tuple[SchemeShare, ...]:
@@ -236,7 +248,7 @@ def finish(
     if decoder and not (folder / "probe.safetensors").exists():
         windows = [ids[:PROBE_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROBE_TOKENS]
         if windows:
-            scored = _Scored(prepared.stream, chosen.overlay)
+            scored = _Scored(prepared.as_stored, chosen.overlay)
             save_probe(folder, make_probe(scored, torch.stack(windows[:PROBE_WINDOWS])))
     source = getattr(model.config, "_name_or_path", "")
     card = model_card(
@@ -250,6 +262,7 @@ def finish(
         licence=licence_of(Path(source)) if source else None,
         decoder=decoder,
         form=form_of(folder),
+        turned=model.original is not None,
     )
     write_card(folder, card)
     write_digests(folder)

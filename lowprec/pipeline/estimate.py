@@ -12,6 +12,7 @@ from lowprec.formats.schemes import ROW_PERCENTS
 from lowprec.settings import Settings
 from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
+from lowprec.steps.metrics import text_growth
 from lowprec.steps.tokens import BATCH_TOKENS
 
 LIBRARIES_BYTES = 0.9e9
@@ -41,7 +42,8 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     """What optimising `module` with `settings` is expected to take on this machine.
 
     Memory: the stored weights, two blocks and everything outside them in float32, the samples' hidden states, and a
-    few buffers of logits. Disk: codes, samples and the artefact, with the room that it asks for beside its weights.
+    few buffers of logits; of a turned model a copy in float32 as well, or before that one in float64.
+    Disk: codes, samples and the artefact, with the room that it asks for beside its weights.
     Time: the tokens that pass through the model, forwards counted once and backwards as three,
     over the measured speed of a matmul.
     """
@@ -56,20 +58,26 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     embedding = 4.0 * sum(p.numel() for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
     # The errors of a table that is quantised as well, in every format at once.
     tables = 0.5 * embedding * (len(ROW_PERCENTS) + OTHER_FORMATS) if settings.rounds_embeddings else 0.0
-    samples = 4.0 * hidden * max(effort.held_out_tokens * 2, effort.calibration_tokens + effort.sensitivity_tokens)
+    turned = 4.0 * sum(p.numel() for p in module.parameters()) + embedding if settings.rotate else 0.0
+    growth = text_growth(settings.budget)
+    samples = (
+        4.0 * hidden * max(effort.held_out_tokens * 2 * growth, effort.calibration_tokens + effort.sensitivity_tokens)
+    )
     logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
+    run = 2 * block + embedding + tables + samples + logits
+    scratch = 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)
     passes = (
         2 * effort.calibration_tokens
         + (PASSES_FORWARD_BACKWARD + 1) * effort.sensitivity_tokens
         + effort.checked_pairs * effort.checked_tokens * 0.6
-        + 3 * effort.tuning_tokens
-        + 2 * effort.held_out_tokens
+        + 3 * growth * effort.tuning_tokens
+        + 2 * growth * effort.held_out_tokens
         + (PASSES_FORWARD_BACKWARD + 1) * effort.calibration_tokens * effort.weighted
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
     )
     return Estimate(
-        memory_bytes=int(LIBRARIES_BYTES + 3.0 * weights + 2 * block + embedding + tables + samples + logits),
-        disk_bytes=int(2.5 * weights + 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)) + CONFIG_BYTES,
+        memory_bytes=int(LIBRARIES_BYTES + max(3.0 * weights + turned + run, weights + 2 * turned)),
+        disk_bytes=int(2.5 * max(weights, turned / 2) + scratch) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
 

@@ -7,15 +7,19 @@ ever worse than what it started from.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, scheme_named
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.score import Scored
-from lowprec.records import Scheme, digest
+from lowprec.records import Group, Scheme, digest
 from lowprec.steps.allocate import Allocation
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.correction import Correction
@@ -65,7 +69,7 @@ class Tuning:
         """Loss, its upper bound, and KL of the model under `overlay`."""
         context, tuning = self._prepared.context, self._prepared.tuning
         reference, metric = self._reference, context.metric
-        candidate = run_through(self._prepared.stream, tuning.batches, overlay)
+        candidate = run_through(self._prepared.as_stored, tuning.batches, overlay)
         table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
         judged = sum(held_out.tokens for held_out in self._prepared.held_out)
         loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, judged, context.settings.seed)
@@ -81,7 +85,7 @@ class Mixes:
         # Which rounding a mix is given depends on the effort, so what was measured does, too.
         prepared, settings = self._prepared, self._prepared.context.settings
         effort = settings.effort
-        kinds = (effort.compensated, effort.weighted, effort.learning_steps, settings.healing_passes)
+        kinds = (effort.compensated, effort.weighted, effort.two_sided, effort.learning_steps, settings.healing_passes)
         rounding = {"rounding": " ".join(map(str, kinds))}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
         self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
@@ -130,6 +134,7 @@ class Mixes:
         groups, folder = self._prepared.groups, self._prepared.context.folder
         for mix in self._measured.keys() - {_name_of(schemes)}:
             folder.forget_solved(f"{g.name}@{kind}{mix}" for g in groups for kind in ("", HEALED))
+        self._outputs.clear()
         return solved
 
     def _better(self, schemes: Mapping[str, str]) -> MeasuredMix:
@@ -190,7 +195,9 @@ class Mixes:
             return known
         steps, seed = context.settings.effort.learning_steps, context.settings.seed
         learning = Learning(steps=steps, seed=seed) if steps else None
-        compensation = dataclasses.replace(compensation, importance=self._importance, learning=learning)
+        compensation = dataclasses.replace(
+            compensation, importance=self._importance, outputs=self._outputs_of, learning=learning
+        )
         scratch = Scratch(context.folder.path / "work-solve", digest(*inputs.values()))
         with context.progress.step("compensate", prepared.stream.depth + 1, "blocks") as step:
             found = compensation.run(scratch, step.report)
@@ -210,7 +217,19 @@ class Mixes:
                 prepared.statistics_batches,
                 context.model.outcome,
                 context.settings.seed,
+                self._keep_outputs if context.settings.effort.two_sided else None,
             )
+
+    @cached_property
+    def _outputs(self) -> Scratch:
+        """What is known of the groups' outputs: as large as the weights, so it is kept on disk."""
+        return Scratch(self._prepared.context.folder.path / "work-outputs", digest(*self._prepared.inputs.values()))
+
+    def _keep_outputs(self, group: Group, products: Sequence[Tensor]) -> None:
+        self._outputs.save(_file_of(group), [product.to(torch.bfloat16) for product in products])
+
+    def _outputs_of(self, group: Group) -> Sequence[Tensor]:
+        return (self._outputs.load(_file_of(group)) or ()) if self._prepared.context.settings.effort.two_sided else ()
 
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
         """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
@@ -241,6 +260,11 @@ class Mixes:
             "outcome": prepared.context.model.outcome,
             "calibration": self._scored.calibration,
         }
+
+
+def _file_of(group: Group) -> str:
+    """Group names may hold characters that a file name may not."""
+    return quote(group.name, safe="")
 
 
 def _schemes(names: Mapping[str, str]) -> dict[str, Scheme]:

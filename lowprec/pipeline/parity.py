@@ -34,7 +34,7 @@ NOISE_TOKENS = 512
 def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
     """Codes bit for bit, layers within tolerance, and the KLs from the scored model beside bfloat16's own."""
     prepared, context = chosen.prepared, chosen.prepared.context
-    stream, overlay, back = prepared.stream, chosen.overlay, loaded.artefact.solved
+    stream, overlay, back = prepared.as_stored, chosen.overlay, loaded.artefact.solved
     with context.progress.step("parity"):
         equal = set(back) == set(chosen.solved) and all(_same(chosen.solved[layer], back[layer]) for layer in back)
         some = prepared.splits.tuning.subset(LOADED_TOKENS).batches()

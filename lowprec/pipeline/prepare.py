@@ -20,6 +20,7 @@ from lowprec.steps.frequency import token_frequency
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import output_width
 from lowprec.steps.measure import compare, run_through
+from lowprec.steps.metrics import text_growth
 from lowprec.steps.solve import Rounder
 from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
@@ -68,6 +69,16 @@ class Prepared:
     metric_key: str
 
     @property
+    def as_stored(self) -> Stream:
+        """The model as an artefact holds what it does not round.
+
+        A turned model is held in float32 and stored in its original's dtype. What is scored is what will be loaded, so
+        that loss counts as any other: candidates run here, the reference in `stream`. For other models both are one.
+        """
+        original = self.context.model.original
+        return self.stream if original is None else self.stream.stored_in(original.dtype)
+
+    @property
     def schemes(self) -> dict[str, tuple[Scheme, ...]]:
         """Group -> the schemes that quantise it."""
         return quantising(self.allowed)
@@ -110,7 +121,8 @@ def prepare(context: Context) -> Prepared:
         splits = _split(context)
     with context.progress.step("graph"):
         stream = Stream(model.module, model.forward, example(splits), device=settings.calibration_device)
-        groups, unquantised = find_groups(stream, settings.rounds_embeddings)
+        stored = None if model.original is None else model.dtype
+        groups, unquantised = find_groups(stream, settings.rounds_embeddings, stored)
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
         widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}
@@ -215,6 +227,7 @@ def _split(context: Context) -> Splits:
         tuning=effort.tuning_tokens,
         held_out=effort.held_out_tokens,
         window=effort.window,
+        growth=text_growth(context.metric.budget),
     )
     splits = split(read_sources(context.settings.data), context.model.tokenizer, sizes, context.settings.seed)
     context.folder.write_step("data", splits.summary, {"data": splits.calibration.digest})

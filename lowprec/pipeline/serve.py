@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
 from lowprec.formats import QuantizedWeight, scheme_named
@@ -29,15 +30,31 @@ def optimised(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> contextl
 def converted(
     chosen: Chosen, solved: Mapping[str, QuantizedWeight], schemes: Mapping[str, Scheme]
 ) -> Iterator[nn.Module]:
-    module = chosen.prepared.context.model.module
+    model = chosen.prepared.context.model
+    module = model.module
     tables = {layer: names for layer, names in tables_of(chosen).items() if layer in solved}
     named = [*schemes, *(table for found in tables.values() for table in found)]
     originals = {name: module.get_submodule(name) for name in named}
     scales = {layer: scale for layer, scale in input_scales(chosen).items() if layer in solved}
     kernels = KernelTable(chosen.priced.samples)
+    # Kernels run what is stored, not the float32 that a turned model is held in.
+    with contextlib.nullcontext() if model.original is None else _in_dtype(module, model.dtype):
+        try:
+            yield convert_(module, solved, schemes, kernels=kernels, activation_scales=scales, tables=tables)
+        finally:
+            for layer, original in originals.items():
+                parent, _, child = layer.rpartition(".")
+                setattr(module.get_submodule(parent), child, original)
+
+
+@contextlib.contextmanager
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The module with its weights in `dtype` while open."""
+    kept = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
     try:
-        yield convert_(module, solved, schemes, kernels=kernels, activation_scales=scales, tables=tables)
+        for table, name, parameter in kept:
+            table[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+        yield
     finally:
-        for layer, original in originals.items():
-            parent, _, child = layer.rpartition(".")
-            setattr(module.get_submodule(parent), child, original)
+        for table, name, parameter in kept:
+            table[name] = parameter

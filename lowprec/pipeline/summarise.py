@@ -12,7 +12,7 @@ import transformers
 
 from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.formats import scheme_named
-from lowprec.pipeline.artefact import Artefact, bytes_before, finish, saved, shares
+from lowprec.pipeline.artefact import Artefact, bytes_before, bytes_unrounded, finish, saved, shares
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.prove import Proved
@@ -66,6 +66,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         artefact=str(artefact.path),
         artefact_form=artefact.form,
+        turned=context.model.original is not None,
     )
 
 
@@ -87,14 +88,15 @@ class Accounts:
         """Before and after: predicted by the sum over the layers, measured on the whole model where it runs here."""
         chosen, context = self.chosen, self.chosen.prepared.context
         settings, costs = context.settings, chosen.priced.costs
-        before = self._fixed() + sum(self._unit(costs[name, "bf16"]) for name in chosen.prepared.names)
+        before = sum(self._unit(costs[name, "bf16"]) for name in chosen.prepared.names)
         after = self._fixed() + sum(self._unit(costs[choice]) for choice in chosen.plan.groups)
         here = context.target.origin == "measured" and context.model.kind == "decoder"
         speeds = self._speeds(artefact) if here else None
         whole, left = bytes_before(chosen), artefact.weight_bytes
         measured = None if speeds is None else _reduction(speeds, settings.workload)
         if settings.objective == "bytes":
-            measured = 1.0 - left / whole
+            # The original's, which may tie what a turned model cannot.
+            before, measured = float(whole), 1.0 - left / whole
         (prefill_before, decode_before), (prefill_after, decode_after) = speeds or ((None, None), (None, None))
         return CostResult(
             workload=settings.workload,
@@ -129,7 +131,7 @@ class Accounts:
         if self.chosen.prepared.context.settings.objective != "bytes":
             return 0.0
         costs = self.chosen.priced.costs
-        return bytes_before(self.chosen) - sum(costs[name, "bf16"].bytes for name in self.chosen.prepared.names)
+        return bytes_unrounded(self.chosen) - sum(costs[name, "bf16"].bytes for name in self.chosen.prepared.names)
 
     def _scale(self) -> float:
         """What one unit of the allocation's cost is in the report: dollars for a microsecond, else itself."""
@@ -168,7 +170,7 @@ class Accounts:
                     predicted_loss=shown(metric, curve.loss(mix.loss)),
                     cost=self.total(mix.cost),
                     effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
-                    bytes=bytes_before(chosen) - round(sum(saved(chosen, *choice) for choice in mix.schemes)),
+                    bytes=bytes_unrounded(chosen) - round(sum(saved(chosen, *choice) for choice in mix.schemes)),
                     scheme_shares=self._scheme_shares(mix.schemes),
                 )
             )

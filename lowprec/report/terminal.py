@@ -48,7 +48,8 @@ def _verdict(report: Report, ascii_only: bool) -> Text:
 
 
 def _rows(report: Report) -> Iterable[tuple[str, str]]:
-    yield "model", f"{report.model} for {report.target}, objective {report.objective}, effort {report.effort}"
+    turned = ", hidden states turned" if report.turned else ""
+    yield "model", f"{report.model} for {report.target}, objective {report.objective}, effort {report.effort}{turned}"
     yield "loss", _loss(report)
     yield "cost", _cost(report)
     cost = report.cost

@@ -46,10 +46,10 @@ Damping is 0.2 for the sake of text unlike the calibration text. Compensated for
 ridge 1), calibrated on technical text, KL in nats on (technical, literature, code, exam questions): damping 0.1 0.060
 0.179 0.073 0.127, 0.3 0.067 0.166 0.070 0.129, 1.0 0.073 0.162 0.081 0.140.
 
-Token weights are `lowprec.steps.importance`. Measured but not built yet: a second, output-side Hessian (YAQA, arXiv
-2505.22988) in blocks of 64 rows 0.115 to 0.108; it needs a backward pass over the calibration text.
+Token weights are `lowprec.steps.importance`; a second Hessian, of the outputs, is `lowprec.solvers.two_sided`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,15 +87,27 @@ class Gptq:
         if statistics is None:
             raise ConfigError(f"solver {self.name!r} needs statistics: calibrate the layer first, or use 'rtn'")
         check_inputs(w, fmt, statistics)
-        problem = _prepare(statistics.hessian.to(torch.float32), self.damping, self.activation_order)
-        scale, lowest = fit_grid(w, fmt, problem.importance)
-        codes = torch.empty(w.shape, dtype=fmt.code_dtype, device=w.device)
-        for start in range(0, w.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            grid = _Grid(fmt, None if lowest is None else lowest[rows])
-            found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], grid, problem)
-            codes[rows] = found.to(fmt.code_dtype)
-        return QuantizedWeight(format=fmt.name, codes=codes, scale=scale)
+        return self.prepared(fmt, statistics.hessian)(w)
+
+    def prepared(self, fmt: WeightFormat, hessian: Tensor) -> Callable[[Tensor], QuantizedWeight]:
+        """What rounds any rows [R, K] that see inputs of this Hessian [K, K], which is factorised once.
+
+        Raises:
+            ModelError: it is no X^T X.
+        """
+        problem = _prepare(hessian.to(torch.float32), self.damping, self.activation_order)
+
+        def rounded(w: Tensor) -> QuantizedWeight:
+            scale, lowest = fit_grid(w, fmt, problem.importance)
+            codes = torch.empty(w.shape, dtype=fmt.code_dtype, device=w.device)
+            for start in range(0, w.shape[0], ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                grid = _Grid(fmt, None if lowest is None else lowest[rows])
+                found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], grid, problem)
+                codes[rows] = found.to(fmt.code_dtype)
+            return QuantizedWeight(format=fmt.name, codes=codes, scale=scale)
+
+        return rounded
 
     def _solve_rows(self, w: Tensor, scale: Tensor, grid: "_Grid", problem: "_Problem") -> tuple[Tensor, Tensor]:
         """w [R, K], scale [R, groups] -> codes [R, K] float32, scale [R, groups]."""
@@ -150,10 +162,8 @@ def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> _Proble
     order = torch.argsort(diagonal, descending=True, stable=True) if activation_order else columns
     place = torch.argsort(order)
     damped, lower = _factorise(hessian[order][:, order], damping)
-    # H reversed = L L^T, so H = R R^T with R = L reversed, upper triangular, and U + I is R with a unit diagonal.
+    # H reversed = L L^T, so H = R R^T with R = L reversed, upper triangular.
     root = lower.flip(0, 1)
-    feedback = (root / root.diagonal()).T.contiguous()
-    feedback.diagonal().zero_()
     coupling = damped / damped.diagonal()[:, None]
     coupling.diagonal().zero_()
     identity = torch.eye(len(columns), dtype=root.dtype, device=root.device)
@@ -164,9 +174,26 @@ def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> _Proble
         importance=importance[place],
         order=order,
         place=place,
-        feedback=feedback,
+        feedback=_feedback(lower),
         coupling=coupling,
     )
+
+
+def feedback_of(hessian: Tensor, damping: float) -> Tensor:
+    """U^T of step 2, [K, K], strictly lower triangular, for columns rounded in their own order.
+
+    Raises:
+        ModelError: it is no X^T X.
+    """
+    return _feedback(_factorise(hessian, damping)[1])
+
+
+def _feedback(lower: Tensor) -> Tensor:
+    """U^T: U + I is the reversed factor with a unit diagonal."""
+    root = lower.flip(0, 1)
+    feedback = (root / root.diagonal()).T.contiguous()
+    feedback.diagonal().zero_()
+    return feedback
 
 
 def _factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from lowprec.solvers import LayerStatistics
 from lowprec.steps.importance import Importance
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.stream import Call, Stream
+from lowprec.steps.stream import Call, Stream, products_of
 from lowprec.transforms import Smoothed, smoothed_of
 
 STATIC_MAXIMUM = {"int8-static": float(QMAX), "fp8-static": LARGEST}
@@ -56,21 +56,6 @@ class Calibration:
         if activation not in STATIC_MAXIMUM:
             return None
         return as_bfloat16(torch.tensor(dict(self.amax)[group] / STATIC_MAXIMUM[activation]))
-
-
-@contextlib.contextmanager
-def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """While open, float32 matrices of bfloat16 values are multiplied as what they are, and added up in float32.
-
-    Other dtypes are left to float32. On processors that multiply bfloat16 it is three times as fast.
-    """
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class StopForward(Exception):

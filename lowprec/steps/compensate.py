@@ -25,13 +25,13 @@ from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
-from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward, products_of
+from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
 from lowprec.steps.importance import Importance
 from lowprec.steps.learn import Learning, Passage
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, overrides
-from lowprec.steps.stream import NOTHING, Call, Overlay, Override, Stream, fast_dtype
+from lowprec.steps.stream import NOTHING, Call, Overlay, Override, Stream, fast_dtype, products_of
 
 Kept = dict[str, dict[int, Tensor]]
 """Group -> number of the batch -> the group's input there."""
@@ -69,6 +69,7 @@ class Compensation:
         schemes: group -> scheme.
         batches: calibration text.
         importance: what its tokens weigh, group by group.
+        outputs: what is known of a group's outputs (`LayerStatistics.outputs`).
         learning: how blocks are learned once they are rounded, None for not at all.
         folder, inputs: where solved groups are kept, and digests that name this very rounding.
         name: what the files of solved groups are called behind the group's name.
@@ -85,6 +86,7 @@ class Compensation:
     inputs: Mapping[str, str]
     name: str
     importance: Importance = field(default_factory=dict)
+    outputs: Callable[[Group], Sequence[Tensor]] = lambda group: ()
     learning: Learning | None = None
 
     def run(self, scratch: Scratch, progress: Progress = lambda done, total: None) -> dict[str, QuantizedWeight]:
@@ -216,6 +218,7 @@ class Compensation:
             group, reference = by_name[name], kept.pop(name, {})
             if any(layer not in solved for layer in group.layers):
                 statistics = self._gathered(group, reference, place, overlay)
+                statistics = replace(statistics, outputs=tuple(self.outputs(group)))
                 key = self.rounder.key_of(name, self.schemes[name])
                 found = self.rounder.solve([(group, key, statistics)])[0]
                 if self.learning is not None:

@@ -8,6 +8,10 @@ of the source: as many units as there are speak, and a long one speaks no longer
 unit counts in the dealing with no more tokens than each must give for the text to suffice (`_cap`). Windows of all
 sources alternate, so that the beginning of a set is a smaller set of the same make-up (`subset`).
 
+More text. With `growth` the tuning and held-out splits take more of the windows of their units, as far as there are
+any; which unit belongs to which split, and the calibration text, stay the same. Where a look of the judge does not come
+by as much as is wanted, the looks become one.
+
 Too little text. If it cannot fill every look, the later looks are left out; if it cannot fill one, all splits shrink in
 proportion, down to `MINIMUM_TOKENS` each; below that it is a DataError. Either is said in the summary's notes.
 
@@ -20,7 +24,8 @@ Left out: near-duplicate detection (MinHash), packing several documents into one
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,23 +41,31 @@ MINIMUM_TOKENS = 2_048
 # Units are dealt whole: text that only just suffices in sum would leave one split short.
 DEALING_MARGIN = 1.05
 CAPPED_MARGIN = 1.3
+# Share of the wanted tokens from which on a split counts as filled.
+FULL = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSizes:
-    """Wanted tokens: `held_out` for each of at most `looks` looks of the judge; windows of `window` tokens."""
+    """Wanted tokens: `held_out` for each of at most `looks` looks of the judge; windows of `window` tokens.
+
+    Tuning and each look take up to `growth` times as many where the text has them.
+    """
 
     calibration: int = 32_768
     tuning: int = 16_384
     held_out: int = 44_000
     looks: int = 2
     window: int = 256
+    growth: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.calibration, self.tuning, self.held_out) < 1 or self.looks < 1:
             raise ConfigError(f"every split needs a positive number of tokens and the judge one look at least: {self}")
         if self.window < MINIMUM_WINDOW:
             raise ConfigError(f"windows of {self.window} tokens are too short: give {MINIMUM_WINDOW} or more")
+        if not self.growth >= 1.0:
+            raise ConfigError(f"splits cannot grow {self.growth:g} times: give 1 or more")
 
     def total(self, looks: int) -> int:
         """Tokens that all splits hold together with so many looks."""
@@ -150,14 +163,20 @@ def split(documents: Sequence[Document], tokenizer: Any, sizes: SplitSizes, seed
     sizes, scale, notes = _affordable(sizes, units, dropped)
     generator = random.Random(seed)
     wanted = [sizes.calibration, sizes.tuning, *[sizes.held_out] * sizes.looks]
-    sets = _deal(units, [round(scale * tokens) for tokens in wanted], names, encoder, generator)
+    growth = [1.0, *[sizes.growth] * (1 + sizes.looks)]
+    dealt = _deal(units, [round(scale * tokens) for tokens in wanted], growth, len(names), generator)
+    if sizes.looks > 1 and _count(dealt[2]) < FULL * sizes.growth * scale * sizes.held_out and sizes.growth > 1.0:
+        dealt[2:] = [[list(chain(*looks)) for looks in zip(*dealt[2:], strict=True)]]
+        sizes, wanted = replace(sizes, looks=1), wanted[:3]
+        notes.append(f"so small a budget needs more text: the judge looks once, at {_count(dealt[2])} tokens")
+    sets = [_interleaved(windows, names, encoder) for windows in dealt]
     _check_dealt(sets, sizes)
     labels = ["calibration", "tuning", *[f"held-out {i + 1}" for i in range(sizes.looks)]]
     for i, name in enumerate(names):
         if not all(i in s.sources for s in sets):
             notes.append(f"source {name} has too few independent units to stand in every split")
     for label, s, tokens in zip(labels, sets, wanted, strict=True):
-        if scale == 1.0 and s.tokens < 0.95 * tokens:
+        if scale == 1.0 and s.tokens < FULL * tokens:
             notes.append(f"{label} holds {s.tokens} of {tokens} wanted tokens: units are dealt whole")
     summary = DataSummary(
         seed=seed,
@@ -218,14 +237,7 @@ def _affordable(sizes: SplitSizes, units: list[list[_Window]], dropped: int) -> 
             f"{_needed(sizes, 1)} ({sizes.calibration} calibration, {sizes.tuning} tuning, {sizes.held_out} held-out) "
             f"in at least {2 + looks} units, better 30 for each split: give more text with --data"
         )
-    limited = SplitSizes(
-        calibration=sizes.calibration,
-        tuning=sizes.tuning,
-        held_out=sizes.held_out,
-        looks=looks,
-        window=sizes.window,
-    )
-    return limited, scale, notes
+    return replace(sizes, looks=looks), scale, notes
 
 
 def _needed(sizes: SplitSizes, looks: int) -> int:
@@ -244,14 +256,17 @@ def _check_dealt(sets: list[TokenSet], sizes: SplitSizes) -> None:
 def _deal(
     units: list[list[_Window]],
     wanted: list[int],
-    names: tuple[str, ...],
-    encoder: Encoder,
+    growth: list[float],
+    sources: int,
     generator: random.Random,
-) -> list[TokenSet]:
-    """Deals each source's units to the splits and takes of each split as many windows as are wanted."""
+) -> list[list[list[_Window]]]:
+    """Deals each source's units to the splits and takes as many windows as are wanted: split, source -> windows.
+
+    Units are dealt for what is `wanted` of each split; taken is up to `growth` times that.
+    """
     total = _count(units)
     chosen: list[list[list[_Window]]] = [[] for _ in wanted]
-    for source in range(len(names)):
+    for source in range(sources):
         own = [unit for unit in units if unit[0].source == source]
         share = _count(own) / total
         generator.shuffle(own)
@@ -267,8 +282,8 @@ def _deal(
             lacking[most] -= size
             dealt[most].append(unit)
         for i, tokens in enumerate(wanted):
-            chosen[i].append(_by_rounds(dealt[i], share * tokens, generator))
-    return [_interleaved(windows, names, encoder) for windows in chosen]
+            chosen[i].append(_by_rounds(dealt[i], growth[i] * share * tokens, generator))
+    return chosen
 
 
 def _cap(sizes: list[int], tokens: float) -> int:
@@ -288,15 +303,16 @@ def _by_rounds(units: list[list[_Window]], tokens: float, generator: random.Rand
     for unit in units:
         for place, window in enumerate(generator.sample(unit, len(unit))):
             rounds[place].append(window)
-    taken: list[_Window] = []
-    held = 0
+    # All of them are shuffled, so that how much is taken here does not change what is drawn elsewhere.
     for windows in rounds:
         generator.shuffle(windows)
-        for window in windows:
-            if held >= tokens:
-                return taken
-            taken.append(window)
-            held += len(window.ids)
+    taken: list[_Window] = []
+    held = 0
+    for window in chain(*rounds):
+        if held >= tokens:
+            break
+        taken.append(window)
+        held += len(window.ids)
     return taken
 
 

@@ -18,11 +18,14 @@ from lowprec.steps.stream import Stream
 SMALLEST_EMBEDDING = 0.01
 
 
-def find_groups(stream: Stream, embeddings: bool = False) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
+def find_groups(
+    stream: Stream, embeddings: bool = False, stored: torch.dtype | None = None
+) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
     """The model's groups in the order in which it runs, and what stays unquantised.
 
     Args:
         embeddings: whether embeddings are rounded as well; else they stay as they are.
+        stored: what weights are stored in, for their bytes; None: in the dtype that they have.
     """
     members: dict[tuple[str, int], list[str]] = {}
     refused: dict[str, str] = {}
@@ -39,7 +42,8 @@ def find_groups(stream: Stream, embeddings: bool = False) -> tuple[tuple[Group, 
     # Blocks in order; of what lies outside them, embeddings run first and heads last.
     ordered = sorted(groups, key=lambda g: (-1 if g.is_embedding else stream.depth) if g.block is None else g.block)
     shared = {table for group in ordered for table in group.tables}
-    return tuple(ordered), _unquantised(stream.module, [n for g in ordered for n in g.layers], shared, refused)
+    taken = [n for g in ordered for n in g.layers]
+    return tuple(ordered), _unquantised(stream.module, taken, shared, refused, stored)
 
 
 def _unusable(name: str, calls: int, stream: Stream) -> str | None:
@@ -118,20 +122,24 @@ def _short(leaf: str) -> str:
 
 
 def _unquantised(
-    module: nn.Module, grouped: list[str], shared: set[str], refused: dict[str, str]
+    module: nn.Module,
+    grouped: list[str],
+    shared: set[str],
+    refused: dict[str, str],
+    stored: torch.dtype | None,
 ) -> tuple[Unquantised, ...]:
     taken = {id(module.get_submodule(name).weight): name for name in grouped}
-    total = sum(_bytes(p) for p in module.parameters())
+    total = sum(_bytes(p, stored) for p in module.parameters())
     found: dict[str, tuple[str, int]] = {}
     for name, parameter in module.named_parameters():
         owner = name.rpartition(".")[0]
         if id(parameter) in taken and name.endswith("weight"):
             if isinstance(module.get_submodule(owner), nn.Embedding) and owner not in shared:
                 reason = f"embedding; stays as it is whatever becomes of {taken[id(parameter)]}, which is tied to it"
-                found[owner] = (reason, _bytes(parameter))
+                found[owner] = (reason, _bytes(parameter, stored))
             continue
         key, reason = _reason(module, name, owner, parameter, refused)
-        found[key] = (reason, found.get(key, ("", 0))[1] + _bytes(parameter))
+        found[key] = (reason, found.get(key, ("", 0))[1] + _bytes(parameter, stored))
     return tuple(
         Unquantised(name=name, reason=reason, bytes=size, share=size / total)
         for name, (reason, size) in sorted(found.items(), key=lambda item: -item[1][1])
@@ -152,5 +160,5 @@ def _reason(
     return name, "not a linear layer"
 
 
-def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+def _bytes(parameter: torch.Tensor, stored: torch.dtype | None) -> int:
+    return parameter.numel() * (parameter.dtype if stored is None else stored).itemsize

@@ -39,7 +39,7 @@ from lowprec.steps.measure import Run, run_through
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.solve import overrides
 from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
-from lowprec.steps.tokens import rows_of_batch
+from lowprec.steps.tokens import rows_of_batch, windows_of
 
 RATE = 3e-3
 STEP_TOKENS = 4096
@@ -176,15 +176,16 @@ class Healing:
         events = float(
             sum(int(self.outcome.events(b, rows_of_batch(h, b)).sum()) for b, h in zip(batches, hidden, strict=True))
         )
-        gradients = []
+        gradients: list[Tensor] = []
         layers = [name for name in scales if stream.whole or stream.block_of(name) is None]
         for batch, reference, given in zip(batches, known, hidden, strict=True):
             with torch.no_grad(), opened({}):
                 expected = stream.leave(reference, batch)
+            leaf = given.detach().to(stream.device).requires_grad_() if isinstance(given, Tensor) else given
             with opened(overlay), self._weights(scales, layers):
-                leaf = given.detach().to(stream.device).requires_grad_() if isinstance(given, Tensor) else given
-                output = stream.run(0, batch, NO_CALL) if stream.whole else stream.leave(leaf, batch)
-                torch.autograd.backward(self.outcome.divergence(expected, output, batch) / events)
+                for rows, window in [(slice(None), batch)] if stream.whole else windows_of(batch):
+                    output = stream.run(0, batch, NO_CALL) if stream.whole else stream.leave(leaf[rows], window)
+                    torch.autograd.backward(self.outcome.divergence(expected[rows], output, window) / events)
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 gradients.append(leaf.grad)
         return gradients

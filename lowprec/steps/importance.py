@@ -1,4 +1,6 @@
-"""How much each token matters where a group is rounded: the squared gradient of a sampled label's log-likelihood.
+"""What gradients say about rounding a group: how much each token matters, and how its outputs hang together.
+
+Tokens weigh by the squared gradient of a sampled label's log-likelihood:
 
     c[t] = mean over the group's outputs n of (d log p(y) / d y[t, n])^2,    y sampled from the model
     weight[t] = sqrt(clamp(c[t] / mean c, 1/20, 20)),    scaled to a mean of 1
@@ -6,6 +8,9 @@
 With c for weights a Hessian X^T diag(c) X is the Fisher information of the group's weight when tokens and output
 channels are taken apart (GuidedQuant, arXiv 2505.07004, equation 8, with one weight for all channels). The square root
 is kept: it keeps half of the gain and more of the tokens.
+
+The same pass gathers D^T D of each layer's output gradients D [tokens, N], over the first OUTPUT_TOKENS of them: what
+`lowprec.solvers.two_sided` rounds with.
 
 Tried in a prototype on SmolLM2-135M, uniform INT4 g64, 32 k tokens of technical text, compensated, damping 0.3; KL in
 nats, and perplexity, on (technical, literature, code, exam questions): without weights 0.067 0.166 0.070 0.129, +8.0 %
@@ -24,36 +29,69 @@ from torch import Tensor, nn
 from lowprec.records import Group
 from lowprec.steps.backward import backward
 from lowprec.steps.outcome import Outcome
-from lowprec.steps.stream import NOTHING, Stream, fast_dtype
+from lowprec.steps.stream import NOTHING, Stream, fast_dtype, products_of
 
 LARGEST = 20.0
 BATCHES_AT_ONCE = 2
+OUTPUT_TOKENS = 8192
 
 Importance = Mapping[str, Sequence[Tensor]]
 """Group -> for each batch what its tokens weigh, [B, T] (or [B]); 0 where there is none."""
 
+Keep = Callable[[Group, Sequence[Tensor]], object]
+"""Is given each group with D^T D of each of its layers, [N, N] float32."""
+
 
 def token_importance(
-    stream: Stream, groups: Sequence[Group], batches: Sequence[Any], outcome: Outcome, seed: int = 0
+    stream: Stream,
+    groups: Sequence[Group],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    seed: int = 0,
+    keep: Keep | None = None,
 ) -> Importance:
-    """The weights of all groups inside the blocks; those outside, and models without a cut, have none."""
+    """The weights of all groups inside the blocks; those outside, and models without a cut, have none.
+
+    Args:
+        keep: takes what is known of the groups' outputs; None: that is not gathered.
+    """
     if stream.whole:
         return {}
     found: dict[str, list[Tensor]] = {group.name: [] for group in groups if group.block is not None}
     generator = torch.Generator().manual_seed(seed)
     with stream.computing(fast_dtype(stream)):
-        for start in range(0, len(batches), BATCHES_AT_ONCE):
-            some = batches[start : start + BATCHES_AT_ONCE]
-            squares = _squares(stream, groups, some, outcome, generator)
+        at_once = BATCHES_AT_ONCE if keep is None else _holding(batches, OUTPUT_TOKENS)
+        start = 0
+        while start < len(batches):
+            some = batches[start : start + at_once]
+            squares = _squares(stream, groups, some, outcome, generator, keep)
             for name, parts in found.items():
                 parts += squares[name]
+            start += len(some)
+            at_once, keep = BATCHES_AT_ONCE, None
     return {name: _scaled(parts, [outcome.positions(b) for b in batches]) for name, parts in found.items()}
 
 
+def _holding(batches: Sequence[Any], tokens: int) -> int:
+    """How many of the first batches hold so many tokens; all of them where they are not made of tokens."""
+    held = 0
+    for number, batch in enumerate(batches, start=1):
+        ids = getattr(batch, "ids", None)
+        held += ids.numel() if isinstance(ids, Tensor) else 0
+        if held >= tokens:
+            return number
+    return len(batches)
+
+
 def _squares(
-    stream: Stream, groups: Sequence[Group], batches: Sequence[Any], outcome: Outcome, generator: torch.Generator
+    stream: Stream,
+    groups: Sequence[Group],
+    batches: Sequence[Any],
+    outcome: Outcome,
+    generator: torch.Generator,
+    keep: Keep | None,
 ) -> dict[str, list[Tensor]]:
-    """c of some batches."""
+    """c of some batches; hands on what is known of the outputs."""
     found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
 
     def behind(hidden: Sequence[Any]) -> list[Tensor]:
@@ -68,17 +106,24 @@ def _squares(
     @contextlib.contextmanager
     def opened(index: int) -> Iterator[None]:
         handles = []
-        for group in (g for g in groups if g.block == index):
+        inside = [g for g in groups if g.block == index]
+        products: dict[str, Tensor] = {}
+        for group in inside:
             sums: list[Tensor] = []
             for layer in group.layers:
-                hook = _adds(sums)
-                handles.append(stream.layers[layer].register_full_backward_hook(hook))
+                module = stream.layers[layer]
+                handles.append(module.register_full_backward_hook(_adds(sums)))
+                if keep is not None:
+                    handles.append(module.register_full_backward_hook(_multiplies(products, layer)))
             found[group.name] = sums
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        for group in inside:
+            if keep is not None and all(layer in products for layer in group.layers):
+                keep(group, [products[layer] for layer in group.layers])
 
     backward(stream, batches, NOTHING, behind, opened)
     return found
@@ -96,6 +141,17 @@ def _adds(sums: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
         else:
             sums[done] += square
         done += 1
+
+    return hook
+
+
+def _multiplies(products: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that adds up D^T D of the layer's output gradients; those of padding are zero."""
+
+    def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+        rows = gradients[0].flatten(0, -2).float()
+        with products_of(gradients[0].dtype):
+            products[layer] = products.get(layer, 0.0) + rows.T @ rows
 
     return hook
 

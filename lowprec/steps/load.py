@@ -32,17 +32,26 @@ COMPUTED = (".masked_bias", ".inv_freq", ".position_ids")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """What a model was before its hidden states were turned: the dtype that its weights are stored in, their bytes."""
+
+    dtype: torch.dtype
+    bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
     """A model that can be optimised.
 
     Attributes:
-        module: the weights, in their stored precision.
+        module: the weights, in their stored precision; those of a turned model in float32.
         forward: (module, batch) -> logits [B, T, V] of a decoder, or any output [B, ...].
         tokenizer: None when batches are given ready-made.
         config: transformers configuration; None for a plain module, which has no checkpoint format.
         revision: digest of the weights, so that results are never mixed up between models.
         metric: (reference output, output) -> [B] loss, for models without logits.
+        original: what it was before its hidden states were turned (`lowprec.steps.rotate`); None where they are not.
     """
 
     module: nn.Module
@@ -54,6 +63,7 @@ class Model:
     config: Any = None
     generation_config: Any = None
     metric: Callable[[Tensor, Tensor], Tensor] | None = None
+    original: Original | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -63,10 +73,18 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         """What most weights are stored in."""
+        if self.original is not None:
+            return self.original.dtype
         sizes: dict[torch.dtype, int] = {}
         for parameter in self.module.parameters():
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights as they are stored."""
+        own = None if self.original is None else self.original.dtype.itemsize
+        return sum(p.numel() * (own or p.element_size()) for p in self.module.parameters())
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Name -> tensor, as a checkpoint names them."""

@@ -29,6 +29,7 @@ from lowprec.steps.verify import Curve
 
 DECODER_METRICS = ("perplexity", "kl", "top1", f"{PREFIX}FILE")
 TUNING_SHARE = 0.4
+USUAL_LIMIT, LARGEST_GROWTH = 0.05, 3.0
 PERPLEXITY_PER_KL = {"plain": 0.8, "compensated": 0.6, "healed": 0.4}
 
 
@@ -190,6 +191,18 @@ def _order(batches: Sequence[Any]) -> list[int]:
 def limit_of(budget: Budget) -> float:
     """The budget in the unit of the search."""
     return in_search_unit(budget, budget.limit)
+
+
+def text_growth(budget: Budget) -> float:
+    """How many times as much text a budget takes as one of USUAL_LIMIT, for noise of the same share of it.
+
+    The loss of a token is a difference of log-likelihoods, whose variance is about twice its KL, and the KL that fits
+    is in proportion to the budget: noise / limit = sqrt(2 KL / tokens) / limit falls with limit x tokens. Nothing is
+    known like that of metrics that are no loss of likelihood.
+    """
+    if budget.metric != "perplexity":
+        return 1.0
+    return min(max(USUAL_LIMIT / budget.limit, 1.0), LARGEST_GROWTH)
 
 
 def expected_curve(budget: Budget, rounding: str = "plain") -> Curve:

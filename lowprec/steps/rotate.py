@@ -1,25 +1,76 @@
-"""Finds where the hidden states of a model are read and written, so that their basis can be turned.
+"""Turns a model: finds where its hidden states are read and written, and where heads are, and gives them other bases.
 
 No architecture is known by name: one forward pass shows which norms the layers read and which layers write. Whether the
 model has such a basis at all is tried, on a copy in float64: models with a norm that takes means (LayerNorm), with a
-norm on what is added (Gemma), or with positions that are learned have none.
+norm on what is added (Gemma), or with positions that are learned have none. Where values go to an output projection is
+tried in each block alone (`lowprec.steps.places`).
 """
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowprec.artifacts.own_form import is_whole
 from lowprec.errors import UnsupportedError
+from lowprec.records import digest
 from lowprec.steps.linear import output_width
+from lowprec.steps.load import Model, Original
+from lowprec.steps.places import Places, heads_of
 from lowprec.steps.stream import Forward, Stream
-from lowprec.transforms.rotation import HiddenBasis, gain_of, orthogonal, rotate
+from lowprec.steps.tokens import Batch
+from lowprec.transforms import Merge
+from lowprec.transforms.rotation import HiddenBasis, Turning, gain_of, orthogonal, rotate_heads
 
 REFUSED = "the hidden states of this model cannot be turned"
+REMEDY = "leave --rotate out"
 EXACT = 1e-9
 """Largest change of an output in float64, relative to the largest output."""
+EXAMPLE = Batch(ids=torch.tensor([[1, 2, 3, 4]]), lengths=torch.tensor([4]), index=(0,))
+
+
+def turned(model: Model, seed: int = 0) -> Model:
+    """The same function with hidden states and heads in random bases, a copy in float32.
+
+    Rounding it to the dtype that the model is stored in would lose something already. That loss is the artefact's, so
+    the copy stays what everything is compared with.
+
+    Raises:
+        UnsupportedError: a model that cannot be turned.
+    """
+    if not is_whole(model.module):
+        raise UnsupportedError(REFUSED, ("its artefact would hold the rounded layers alone", REMEDY))
+    try:
+        turning = turning_of(Stream(model.module, model.forward, EXAMPLE), EXAMPLE)
+    except UnsupportedError as error:
+        raise UnsupportedError(REFUSED, (*error.reasons, REMEDY)) from error
+    module = copy.deepcopy(model.module).float()
+    turning.apply(module, seed)
+    return dataclasses.replace(
+        model,
+        module=module,
+        config=module.config,
+        revision=digest(model.revision, repr(turning), str(seed)),
+        original=model.original or Original(dtype=model.dtype, bytes=model.bytes),
+    )
+
+
+@torch.no_grad()
+def turning_of(stream: Stream, example: Any) -> Turning:
+    """Everything in the model that may have another basis.
+
+    Raises:
+        UnsupportedError: the hidden states of this model cannot be turned.
+    """
+    basis = hidden_basis(stream, example)
+    turning = Turning(basis=basis, heads=_heads(stream, example))
+    # Another block might read what a head gives.
+    exact = _change(stream.module, stream.forward, example, turning) <= EXACT
+    return turning if exact else Turning(basis=basis)
 
 
 def hidden_basis(stream: Stream, example: Any) -> HiddenBasis:
@@ -38,7 +89,7 @@ def hidden_basis(stream: Stream, example: Any) -> HiddenBasis:
     inside = (name for name in stream.layers if stream.block_of(name) is not None)
     writers = tuple(n for n in inside if n not in reading and output_width(stream.layers[n]) == width)
     basis = HiddenBasis(width=width, embeddings=embeddings, norms=tuple(norms.items()), writers=writers)
-    change = _change(stream.module, stream.forward, example, basis)
+    change = _change(stream.module, stream.forward, example, Turning(basis=basis))
     if not change <= EXACT:
         raise UnsupportedError(REFUSED, (f"turned in float64, its outputs change by {change:.1e} of the largest",))
     return basis
@@ -111,11 +162,56 @@ def exact_copy(module: nn.Module, basis: HiddenBasis) -> Any:
     return made
 
 
-def _change(module: nn.Module, forward: Forward, example: Any, basis: HiddenBasis) -> float:
+def _change(module: nn.Module, forward: Forward, example: Any, turning: Turning) -> float:
     """Largest change of an output in float64, relative to the largest output."""
     with torch.no_grad():
-        turned = exact_copy(module, basis)
+        turned = exact_copy(module, turning.basis)
         before = forward(turned, example)
-        rotate(turned, basis, orthogonal(basis.width))
+        turning.apply(turned)
         after = forward(turned, example)
-    return float((after - before).abs().max() / before.abs().max())
+    return _relative(after, before)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _heads(stream: Stream, example: Any) -> tuple[Merge, ...]:
+    """Where values go to an output projection, block by block, each in float64."""
+    found: list[Merge] = []
+    patterns: list[Merge] = []
+    with stream.computing(torch.float64):
+        with stream.outer():
+            hidden, calls = stream.enter(example)
+        for index in range(stream.depth):
+            with stream.block(index):
+                run = functools.partial(stream.run, index, hidden, calls[index])
+                places = _Turned(stream, index, run)
+                here = places.found(patterns)
+                patterns = [places.relative(place) for place in here]
+                hidden = run()
+            found += here
+    return tuple(found)
+
+
+class _Turned(Places):
+    """Where the heads of a block can be turned."""
+
+    def narrowed(self, place: Merge) -> Iterator[Merge]:
+        """Only what a linear layer gives has heads; scales are told their width only where they are repeated."""
+        if place.source in self._stream.layers:
+            widths = [place.head] if place.head else heads_of(place.channels)
+            yield from (dataclasses.replace(place, head=width) for width in widths)
+
+    def holds(self, place: Merge, expected: Tensor) -> bool:
+        """Whether a rotation cancels."""
+        module = self._stream.module
+        changed = [p for name in (place.source, *place.consumers) for p in module.get_submodule(name).parameters()]
+        kept = [p.clone() for p in changed]
+        rotate_heads(module, place, orthogonal(place.head))
+        try:
+            return _relative(self._run(), expected) <= EXACT
+        finally:
+            for parameter, before in zip(changed, kept, strict=True):
+                parameter.copy_(before)

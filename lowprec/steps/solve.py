@@ -23,10 +23,11 @@ from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.rows import FINE, MixedRows
 from lowprec.records import Group, Scheme
-from lowprec.solvers import SOLVERS, LayerStatistics
+from lowprec.solvers import SOLVERS, LayerStatistics, Solver
 from lowprec.solvers.asymmetric import retargeted
-from lowprec.solvers.gptq import DAMPING
+from lowprec.solvers.gptq import DAMPING, Gptq
 from lowprec.solvers.latent import latent_codes
+from lowprec.solvers.two_sided import TwoSided
 from lowprec.steps.calibrate import Calibration
 from lowprec.steps.linear import output_width, weight_of
 from lowprec.steps.stream import Overlay, Override, Stream
@@ -87,18 +88,22 @@ class Rounder:
 
         Where the statistics have a drift, the weight that is rounded is `retargeted` first, whatever the solver.
 
-        Rows do not depend on each other: a group's layers are stacked, and cut into slices that are rounded side by
-        side, so that neither small layers nor a large head leave a worker idle.
+        Unless the statistics know of outputs, rows do not depend on each other: a group's layers are stacked, and cut
+        into slices that are rounded side by side, so that neither small layers nor a large head leave a worker idle.
         """
         prepared = [self._prepared(*item) for item in wanted]
-        stacked = [w for w, _ in prepared]
-        jobs = [(i, start) for i, w in enumerate(stacked) for start in range(0, len(w), ROWS_OF_A_JOB)]
+        solvers = [self._solver_with(group, fmt, statistics) for group, fmt, statistics in wanted]
+        heights = [
+            len(w) if isinstance(solver, TwoSided) else ROWS_OF_A_JOB
+            for (w, _), solver in zip(prepared, solvers, strict=True)
+        ]
+        jobs = [(i, start) for i, (w, _) in enumerate(prepared) for start in range(0, len(w), heights[i])]
 
         def run(job: tuple[int, int]) -> QuantizedWeight:
             index, start = job
-            (group, fmt, _), (w, statistics) = wanted[index], prepared[index]
-            rows = w[start : start + ROWS_OF_A_JOB]
-            return SOLVERS[self.solver_of(group, fmt)].solve(rows, WEIGHT_FORMATS[_bare(fmt)], statistics)
+            w, statistics = prepared[index]
+            rows = w[start : start + heights[index]]
+            return solvers[index].solve(rows, WEIGHT_FORMATS[_bare(wanted[index][1])], statistics)
 
         threads = torch.get_num_threads()
         try:
@@ -111,6 +116,13 @@ class Rounder:
             for index, (group, fmt, _) in enumerate(wanted)
         ]
 
+    def _solver_with(self, group: Group, fmt: str, statistics: LayerStatistics | None) -> Solver:
+        """The group's solver, around which rows make up for each other where the outputs are known."""
+        solver = SOLVERS[self.solver_of(group, fmt)]
+        if isinstance(solver, Gptq) and statistics is not None and statistics.outputs:
+            return TwoSided(inner=solver)
+        return solver
+
     def _prepared(
         self, group: Group, fmt: str, statistics: LayerStatistics | None
     ) -> tuple[Tensor, LayerStatistics | None]:
@@ -122,7 +134,7 @@ class Rounder:
         factor = torch.exp2(exponents.float())
         if statistics is not None:
             hessian = statistics.hessian / factor / factor[:, None]
-            statistics = LayerStatistics(hessian=hessian, tokens=statistics.tokens)
+            statistics = replace(statistics, hessian=hessian, drift=None)
         return w * factor, statistics
 
     def _layers(self, group: Group, fmt: str, parts: Sequence[QuantizedWeight]) -> dict[str, QuantizedWeight]:

@@ -130,6 +130,18 @@ def batched(data: TokenSet) -> Batched:
     return Batched(data=data, batches=tuple(data.batches()))
 
 
+def windows_of(batch: Any) -> list[tuple[slice, Any]]:
+    """A batch window by window, each with its rows: logits of one window are held at a time.
+
+    A batch of the user's own kind is left whole.
+    """
+    if not isinstance(batch, Batch):
+        return [(slice(None), batch)]
+    rows = [slice(i, i + 1) for i in range(len(batch.ids))]
+    index = batch.index or (0,) * len(rows)
+    return [(r, Batch(ids=batch.ids[r], lengths=batch.lengths[r], index=index[r])) for r in rows]
+
+
 def rows_of_batch(hidden: Any, batch: Any) -> torch.Tensor:
     """What has a row for each sequence: hidden states, or, of a model without a cut, the batch's own tensor."""
     if isinstance(hidden, torch.Tensor):

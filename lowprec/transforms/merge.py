@@ -23,7 +23,7 @@ MARK = "~"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """Where scales can be merged.
+    """Where scales can be merged, or a rotation of each head.
 
     Attributes:
         source: name of the module that gives x: a norm, whose weight is one number a channel, or a linear layer.
