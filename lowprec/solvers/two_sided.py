@@ -15,6 +15,13 @@ of those already rounded is, as in GPTQ,
 so the rows are rounded in blocks of ROWS, each by `lowprec.solvers.gptq` towards its target; within a block rows do not
 know of each other. The rows of the largest gradients come first. Layers of a group share H, not G: the blocks of all of
 them are rounded side by side.
+
+Tried on SmolLM2-135M, uniform INT4 g64, compensated over 32 k tokens of technical text, KL in nats on about 5 k tokens
+each of (technical, literature, code, exam questions), with token weights (`lowprec.steps.importance`):
+
+    inputs alone, no token weights    0.060  0.188  0.071  0.128    all 0.111
+    both sides, damping 0.3           0.048  0.176  0.060  0.106        0.097
+    both sides, damping 1             0.048  0.168  0.061  0.107        0.096
 """
 
 from dataclasses import dataclass, field, replace
