@@ -142,7 +142,11 @@ def begin(
     with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
 
         def look(module: nn.Module) -> None:
-            require_fit(module, settings, shown)
+            require_fit(module, asked, shown)
+
+        # Before a model is loaded it is taken for a decoder: small budgets of perplexity take more text.
+        metric = default_metric(model) if isinstance(model, Model) else "perplexity"
+        asked = settings if budget is None else _with_budget(settings, budget, metric)
 
         if isinstance(model, Model):
             look(model.module)
@@ -152,15 +156,21 @@ def begin(
         if settings.rotate:
             model = _turned(model, settings, shown)
         if budget is not None:
-            found = budget if isinstance(budget, Budget) else parse_budget(budget, default_metric(model))
-            settings = dataclasses.replace(settings, budget=found)
+            settings = _with_budget(settings, budget, default_metric(model))
         yield context_of(model, settings, folder, shown)
 
 
+def _with_budget(settings: Settings, budget: Budget | str | float, metric: str) -> Settings:
+    found = budget if isinstance(budget, Budget) else parse_budget(budget, metric)
+    return dataclasses.replace(settings, budget=found)
+
+
 def _turned(model: Model, settings: Settings, progress: RunProgress) -> Model:
-    """The model in another basis, and a word on what that costs."""
+    """The model in another basis, and a word on what was turned and what that costs."""
     with progress.step("rotate"):
         made = turned(model, settings.seed)
+    heads = made.original.heads if made.original else 0
+    progress.note(f"turned: the hidden states, and heads in {heads} places")
     if more := made.bytes - model.bytes:
         size = numbers.plain(numbers.byte_size(more))
         progress.note(f"turned, the head is not tied to the embedding any more: {size} more before rounding")

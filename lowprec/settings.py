@@ -44,6 +44,12 @@ class Effort:
     learning_steps: int = 0
     healing_passes: int = 0
 
+    def __post_init__(self) -> None:
+        if self.two_sided and not self.weighted:
+            raise ConfigError(f"effort {self.name!r}: two_sided needs weighted, which gathers the same gradients")
+        if (self.weighted or self.learning_steps) and not self.compensated:
+            raise ConfigError(f"effort {self.name!r}: weighted and learning_steps are parts of compensated")
+
 
 EFFORTS = {
     effort.name: effort

@@ -1,6 +1,6 @@
 """Asymmetric calibration, the pass that compensates, and healing, on tiny models against what they promise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
 from lowprec.solvers.latent import LARGEST_OFFSET, latent_codes
-from lowprec.steps.calibrate import Calibration, Gather, products_of
+from lowprec.solvers.two_sided import ROWS
+from lowprec.steps.calibrate import Calibration, Gather
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
@@ -28,7 +29,7 @@ from lowprec.steps.measure import compare, compare_tokens, compare_vectors, mean
 from lowprec.steps.outcome import Outcome, Tokens, Vector
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of
-from lowprec.steps.stream import Stream
+from lowprec.steps.stream import Stream, products_of
 from lowprec.steps.tokens import Batch
 
 UNQUANTISED = scheme_named("bf16")
@@ -352,6 +353,44 @@ def test_what_is_known_of_outputs_is_gathered_over_the_first_tokens_alone() -> N
     kept: list[str] = []
     token_importance(stream, groups, batches(8, 3), Tokens(), 4, lambda g, _: kept.append(g.name))
     assert sorted(kept) == sorted(g.name for g in groups if g.block is not None), "each once"
+
+
+def test_outputs_of_wide_layers_are_known_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(tiny.decoder(), decoder_forward, batches(1, 0)[0])
+    groups, _ = find_groups(stream)
+    found: list[dict[str, list[Tensor]]] = []
+    for rows in (2048, 48):
+        monkeypatch.setattr("lowprec.steps.importance.OUTPUT_ROWS", rows)
+        kept: dict[str, list[Tensor]] = {}
+        token_importance(stream, groups, batches(2, 3), Tokens(), 4, lambda g, d, k=kept: k.setdefault(g.name, list(d)))
+        found.append(kept)
+    group = next(g for g in groups if g.block == 1)
+    whole, parts = (kept[group.name] for kept in found)
+    assert len(parts) > len(whole)
+    torch.testing.assert_close(parts[0], whole[0][:48, :48])
+    assert sum(map(len, parts)) == sum(map(len, whole))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pass_rounds_with_what_is_known_of_outputs(name: str, folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder(name))
+    kept: dict[str, list[Tensor]] = {}
+    common = {**lab.common, "rounder": lab.rounder, "folder": folder, "inputs": {}}
+    token_importance(
+        lab.stream, lab.groups, lab.common["batches"], Tokens(), 4, lambda g, d: kept.update({g.name: [*d]})
+    )
+
+    def solved(mix: str, known: Mapping[str, Sequence[Tensor]]) -> dict[str, QuantizedWeight]:
+        compensation = Compensation(**common, name=mix, outputs=lambda group: known.get(group.name, ()))
+        return compensation.run(Scratch(folder.path / "work", mix))
+
+    alone, together = solved("alone", {}), solved("together", kept)
+    differ = {layer for layer in alone if not torch.equal(alone[layer].codes, together[layer].codes)}
+    first = {layer for g in lab.groups if g.block == 0 for layer in g.layers}
+    # Rows of one block do not know of each other.
+    assert {layer for layer in first if len(alone[layer].codes) > ROWS} <= differ
+    start = next(g.layers for g in lab.groups if g.block == 0)
+    assert not {layer for layer in start if len(alone[layer].codes) <= ROWS} & differ
 
 
 def test_a_heavy_token_shapes_the_hessian(folder: RunFolder) -> None:

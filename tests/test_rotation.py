@@ -71,6 +71,20 @@ def test_a_rotation_of_any_width_is_orthogonal_and_spreads(width: int, seed: int
     assert torch.equal(rotation, orthogonal(width, seed))
 
 
+@pytest.mark.parametrize("width", [64, 576, 1024])
+def test_channels_of_one_sign_do_not_gather_in_one_channel(width: int) -> None:
+    """A Hadamard matrix by itself has a row of ones: a mean over channels would all go there."""
+    turned = torch.ones(width, dtype=torch.float64) @ orthogonal(width, 1)
+    assert float(turned.abs().max()) < 6.0, "at random the largest of so many is about 3"
+
+
+@pytest.mark.parametrize("width", [64, 576])
+def test_another_seed_spreads_otherwise(width: int) -> None:
+    x = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, other = (x @ orthogonal(width, seed) for seed in (0, 1))
+    assert not torch.allclose(one.abs().sort().values, other.abs().sort().values)
+
+
 @pytest.mark.parametrize("name", TURNED)
 def test_logits_stay_in_float64(name: str) -> None:
     model = decoder(name)

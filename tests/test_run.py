@@ -146,8 +146,9 @@ def _context() -> Any:
 @pytest.mark.parametrize("compensated", [False, True])
 def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path: Path, compensated: bool) -> None:
     effort = dataclasses.replace(
-        tiny.EFFORT, compensated=compensated, learning_steps=10 * compensated, healing_passes=int(compensated)
-    )
+        tiny.EFFORT, compensated=compensated, weighted=compensated, two_sided=compensated,
+        learning_steps=10 * compensated, healing_passes=int(compensated),
+    )  # fmt: skip
     context, out, whole, generator = _context(), tmp_path / "out", tmp_path / "whole", random.Random(11)
     for folder in (out, whole):
         folder.mkdir()
@@ -168,6 +169,7 @@ def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path
     run(place / "model", out, place / "text.jsonl", effort=effort)
     for name in ("plan.json", "sensitivity.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(out.glob("work-*")), "what stages keep for themselves is gone"
     for file in (whole / "model").glob("*.safetensors"):
         if file.name != "probe.safetensors":
             assert (out / "model" / file.name).read_bytes() == file.read_bytes()

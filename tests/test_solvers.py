@@ -14,7 +14,7 @@ from lowprec.formats.base import as_bfloat16
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.base import fit_grid
 from lowprec.solvers.gptq import Gptq, output_error, refit_scales
-from lowprec.solvers.two_sided import OUTPUT_DAMPING, TwoSided, _Layer
+from lowprec.solvers.two_sided import OUTPUT_DAMPING, TwoSided, _Part
 
 FORMATS = list(WEIGHT_FORMATS)
 ALL = list(SOLVERS)
@@ -321,7 +321,7 @@ def test_a_block_aims_at_what_all_rows_to_come_can_do_best() -> None:
     w, g = layer(n=32).w, outputs(32)
     damped = g.double() + OUTPUT_DAMPING * g.diagonal().mean() * torch.eye(32)
     order = torch.argsort(g.diagonal(), descending=True)
-    rounded = _Layer(w, g, TwoSided(rows=8), WEIGHT_FORMATS["int4-g64"])
+    rounded = _Part(w, g, TwoSided(rows=8))
     torch.testing.assert_close(rounded.target(0), w[order[:8]])
     for number in range(2):
         rounded.take(number, Gptq().solve(rounded.target(number), WEIGHT_FORMATS["int4-g64"], layer().statistics))
@@ -331,7 +331,7 @@ def test_a_block_aims_at_what_all_rows_to_come_can_do_best() -> None:
     torch.testing.assert_close(rounded.target(2).double(), best[:8], rtol=1e-3, atol=1e-4)
 
 
-def test_layers_of_a_group_do_not_make_up_for_each_other() -> None:
+def test_parts_of_a_group_do_not_make_up_for_each_other() -> None:
     fmt, (w, statistics) = WEIGHT_FORMATS["int4-g64"], layer(n=112)
     parts, known = w.split([80, 32]), (outputs(80, 1), outputs(32, 2))
     whole = TwoSided().solve(w, fmt, dataclasses.replace(statistics, outputs=known))

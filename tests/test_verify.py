@@ -1,5 +1,6 @@
 """Verification rounds and costs, on made-up numbers."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -280,3 +281,20 @@ def test_the_tuning_bound_leaves_room_for_the_noise_of_what_the_judge_will_read(
 )
 def test_small_budgets_of_perplexity_take_more_text(metric: str, limit: float, growth: float) -> None:
     assert text_growth(Budget(metric=metric, limit=limit)) == pytest.approx(growth)
+
+
+def test_a_budget_in_a_unit_of_its_own_takes_the_usual_text() -> None:
+    assert text_growth(Budget(metric="perplexity", limit=0.001, kind="absolute")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"two_sided": True, "compensated": True}, "two_sided needs weighted"),
+        ({"weighted": True, "compensated": False}, "parts of compensated"),
+        ({"learning_steps": 5, "compensated": False}, "parts of compensated"),
+    ],
+)
+def test_efforts_whose_parts_would_do_nothing_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(effort_named("fast"), **wrong)

@@ -98,13 +98,15 @@ OURS = (
     replace(HEALED, scheme="w4a16-g64", smoothed=True),
     replace(HEALED, scheme="w4a16-g64", rotated=True),
     replace(HEALED, scheme="w4a16-g64", two_sided=True),
+    replace(HEALED, scheme="w4a16-g64", two_sided=True, rotated=True),
     replace(BOTH, scheme="w4a16-g64"),
     replace(BOTH, scheme="w4a16-g64", two_sided=True),
     replace(COMPENSATED, scheme="w4a16-g32-asym"),
     replace(HEALED, scheme="w4a16-g32-asym"),
+    replace(HEALED, scheme="w4a16-g32-asym", rotated=True),
     replace(COMPENSATED, scheme="w3a16-g64"),
     replace(HEALED, scheme="w3a16-g64"),
-    replace(HEALED, scheme="w3a16-g64", two_sided=True),
+    replace(HEALED, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(PLAIN, scheme="w8a16"),
     replace(PLAIN, scheme="w8a8-int8"),
     replace(PLAIN, scheme="w8a8-int8", smoothed=True),
@@ -115,6 +117,7 @@ OURS = (
     replace(COMPENSATED, scheme="w4a8-int8-g64", rotated=True),
     replace(HEALED, scheme="w4a8-int8-g64", rotated=True),
     replace(HEALED, scheme="w4a8-int8-g64", smoothed=True, rotated=True),
+    replace(HEALED, scheme="w4a8-int8-g64", two_sided=True, rotated=True),
 )
 # (peer, name, arguments of its worker)
 PEERS = (

@@ -13,6 +13,7 @@ from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.price import Priced
 from lowprec.pipeline.score import Scored
 from lowprec.records import PrecisionPlan, Scheme, digest
+from lowprec.settings import Effort
 from lowprec.steps.allocate import Option
 from lowprec.steps.cost import in_unit
 from lowprec.steps.metrics import expected_curve, limit_of, shown
@@ -161,13 +162,21 @@ def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> 
         workload=settings.workload,
         target=settings.target,
         objective=settings.objective,
-        solver=settings.effort.solver if rounding == PLAIN else f"{settings.effort.solver}, {rounding}",
+        solver=_solver_of(settings.effort, rounding),
         predicted_loss=shown(context.metric.budget, chosen.predicted),
         predicted_cost=chosen.allocation.cost,
         input_digests=tuple(sorted({**prepared.inputs, "tuning": prepared.tuning.data.digest}.items())),
     )
     context.folder.write_step("plan", plan, {"cost": digest(repr(priced.samples)), **prepared.inputs})
     return plan
+
+
+def _solver_of(effort: Effort, rounding: str) -> str:
+    """What the weights were rounded by, for the report."""
+    if rounding == PLAIN:
+        return effort.solver
+    parts = {"weighted": effort.weighted, "two-sided": effort.two_sided, "learned": effort.learning_steps > 0}
+    return ", ".join([effort.solver, *(name for name, on in parts.items() if on), rounding])
 
 
 def _solve_inputs(prepared: Prepared, plan: PrecisionPlan) -> dict[str, str]:

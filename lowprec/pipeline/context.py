@@ -8,7 +8,7 @@ from lowprec.records import Budget
 from lowprec.report.progress import RunProgress
 from lowprec.settings import Settings, parse_budget
 from lowprec.steps.load import Model
-from lowprec.steps.metrics import Metric, metric_of
+from lowprec.steps.metrics import Metric, metric_of, text_growth
 from lowprec.targets import Target, target_for
 
 
@@ -37,6 +37,11 @@ class Context:
                 f"{found.confidence:g}: begin another run on the folder, which keeps what was calibrated"
             )
         metric = metric_of(found, self.model, self.settings.seed)
+        if (wanted := text_growth(found)) > text_growth(before):
+            self.progress.note(
+                f"the text stays that of a budget of {before.limit:g}; a run begun with {found.limit:g} takes up to "
+                f"{wanted:g} times as much, so that its verdict is less often inconclusive"
+            )
         return replace(self, settings=replace(self.settings, budget=found), metric=metric)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
 from lowprec.formats.schemes import ROW_PERCENTS
 from lowprec.settings import Settings
+from lowprec.steps.importance import OUTPUT_ROWS
 from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.metrics import text_growth
@@ -19,6 +20,8 @@ LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
 OTHER_FORMATS = 3
 PASSES_FORWARD_BACKWARD = 4
+# Of a block's, in float32 where the disk has bfloat16: as gathered, ordered, and factorised.
+OUTPUT_COPIES = 3 * 2
 PROBE_K, PROBE_RUNS = 4096, 7
 # Of a run's time, what its matmuls take; the rest is rounding, softmaxes over the vocabulary, attention, disk.
 SHARE_OF_MATMULS = 0.7
@@ -64,8 +67,9 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         4.0 * hidden * max(effort.held_out_tokens * 2 * growth, effort.calibration_tokens + effort.sensitivity_tokens)
     )
     logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
-    run = 2 * block + embedding + tables + samples + logits
-    scratch = 4.0 * hidden * effort.sensitivity_tokens * (depth + 2)
+    outputs = sum(_output_bytes(weight_of(layer).shape[0]) for layer in layers.values()) * effort.two_sided
+    run = 2 * block + embedding + tables + samples + logits + OUTPUT_COPIES * outputs / depth
+    scratch = 4.0 * hidden * effort.sensitivity_tokens * (depth + 2) + outputs
     passes = (
         2 * effort.calibration_tokens
         + (PASSES_FORWARD_BACKWARD + 1) * effort.sensitivity_tokens
@@ -80,6 +84,12 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         disk_bytes=int(2.5 * max(weights, turned / 2) + scratch) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
+
+
+def _output_bytes(rows: int) -> float:
+    """On disk, of what is known of a layer's outputs (`lowprec.steps.importance`): bfloat16, in parts."""
+    whole, rest = divmod(rows, OUTPUT_ROWS)
+    return 2.0 * (whole * OUTPUT_ROWS**2 + rest**2)
 
 
 def _passes_per_mix(settings: Settings) -> float:

@@ -222,7 +222,7 @@ class Mixes:
 
     @cached_property
     def _outputs(self) -> Scratch:
-        """What is known of the groups' outputs: as large as the weights, so it is kept on disk."""
+        """What is known of the groups' outputs: as large as the weights and larger, so it is kept on disk."""
         return Scratch(self._prepared.context.folder.path / "work-outputs", digest(*self._prepared.inputs.values()))
 
     def _keep_outputs(self, group: Group, products: Sequence[Tensor]) -> None:

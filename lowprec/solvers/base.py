@@ -27,8 +27,8 @@ class LayerStatistics:
         tokens: how many tokens it was summed over.
         drift: [K, K] float32, (X' - X)^T X / tokens, X' being what the input was before anything was rounded; None
             where X is that input itself.
-        outputs: for each layer that reads the input, in the order of their rows, [N, N] float, D^T D / tokens with D
-            the gradients of log-likelihoods at its output; empty where they are not known.
+        outputs: for the rows of each layer that reads the input, in their order and in one or more parts, [R, R] float,
+            D^T D up to a factor, D being the gradients of log-likelihoods at these outputs; empty where unknown.
     """
 
     hessian: Tensor

@@ -34,12 +34,14 @@ from lowprec.steps.stream import NOTHING, Stream, fast_dtype, products_of
 LARGEST = 20.0
 BATCHES_AT_ONCE = 2
 OUTPUT_TOKENS = 8192
+# Rows that are known to each other: D^T D of wider layers is taken in parts, so that it grows with N and not with N^2.
+OUTPUT_ROWS = 2048
 
 Importance = Mapping[str, Sequence[Tensor]]
 """Group -> for each batch what its tokens weigh, [B, T] (or [B]); 0 where there is none."""
 
 Keep = Callable[[Group, Sequence[Tensor]], object]
-"""Is given each group with D^T D of each of its layers, [N, N] float32."""
+"""Is given each group with D^T D of its layers, in parts of OUTPUT_ROWS rows, [R, R] float32 each."""
 
 
 def token_importance(
@@ -73,11 +75,13 @@ def token_importance(
 
 
 def _holding(batches: Sequence[Any], tokens: int) -> int:
-    """How many of the first batches hold so many tokens; all of them where they are not made of tokens."""
+    """How many of the first batches hold so many tokens; BATCHES_AT_ONCE where they are not made of tokens."""
     held = 0
     for number, batch in enumerate(batches, start=1):
         ids = getattr(batch, "ids", None)
-        held += ids.numel() if isinstance(ids, Tensor) else 0
+        if not isinstance(ids, Tensor):
+            return BATCHES_AT_ONCE
+        held += ids.numel()
         if held >= tokens:
             return number
     return len(batches)
@@ -107,7 +111,7 @@ def _squares(
     def opened(index: int) -> Iterator[None]:
         handles = []
         inside = [g for g in groups if g.block == index]
-        products: dict[str, Tensor] = {}
+        products: dict[str, list[Tensor]] = {}
         for group in inside:
             sums: list[Tensor] = []
             for layer in group.layers:
@@ -123,7 +127,7 @@ def _squares(
                 handle.remove()
         for group in inside:
             if keep is not None and all(layer in products for layer in group.layers):
-                keep(group, [products[layer] for layer in group.layers])
+                keep(group, [part for layer in group.layers for part in products[layer]])
 
     backward(stream, batches, NOTHING, behind, opened)
     return found
@@ -145,13 +149,14 @@ def _adds(sums: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
-def _multiplies(products: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+def _multiplies(products: dict[str, list[Tensor]], layer: str) -> Callable[[nn.Module, Any, Any], None]:
     """A hook that adds up D^T D of the layer's output gradients; those of padding are zero."""
 
     def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
-        rows = gradients[0].flatten(0, -2).float()
+        parts = torch.split(gradients[0].flatten(0, -2).float(), OUTPUT_ROWS, dim=1)
         with products_of(gradients[0].dtype):
-            products[layer] = products.get(layer, 0.0) + rows.T @ rows
+            found = [part.T @ part for part in parts]
+        products[layer] = [a + b for a, b in zip(products[layer], found, strict=True)] if layer in products else found
 
     return hook
 

@@ -34,10 +34,14 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
-    """What a model was before its hidden states were turned: the dtype that its weights are stored in, their bytes."""
+    """What a model was before its hidden states were turned: the dtype that its weights are stored in, their bytes.
+
+    `heads` is in how many places the inside of its heads was turned as well.
+    """
 
     dtype: torch.dtype
     bytes: int
+    heads: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

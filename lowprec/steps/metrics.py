@@ -200,7 +200,7 @@ def text_growth(budget: Budget) -> float:
     is in proportion to the budget: noise / limit = sqrt(2 KL / tokens) / limit falls with limit x tokens. Nothing is
     known like that of metrics that are no loss of likelihood.
     """
-    if budget.metric != "perplexity":
+    if budget.metric != "perplexity" or budget.kind != "relative":
         return 1.0
     return min(max(USUAL_LIMIT / budget.limit, 1.0), LARGEST_GROWTH)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.artifacts.own_form import is_whole
+from lowprec.artifacts.source import weights_digest
 from lowprec.errors import UnsupportedError
 from lowprec.records import digest
 from lowprec.steps.linear import output_width
@@ -54,8 +55,8 @@ def turned(model: Model, seed: int = 0) -> Model:
         model,
         module=module,
         config=module.config,
-        revision=digest(model.revision, repr(turning), str(seed)),
-        original=model.original or Original(dtype=model.dtype, bytes=model.bytes),
+        revision=digest(model.revision, weights_digest(module)),
+        original=model.original or Original(dtype=model.dtype, bytes=model.bytes, heads=len(turning.heads)),
     )
 
 

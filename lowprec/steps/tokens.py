@@ -131,7 +131,7 @@ def batched(data: TokenSet) -> Batched:
 
 
 def windows_of(batch: Any) -> list[tuple[slice, Any]]:
-    """A batch window by window, each with its rows: logits of one window are held at a time.
+    """A batch window by window, each with its rows: what hangs on the logits of one window is held at a time.
 
     A batch of the user's own kind is left whole.
     """

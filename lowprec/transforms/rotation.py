@@ -9,7 +9,7 @@ Attention sums values with weights that are the same for all channels of a head,
 of it happens before anything is rounded, so no runtime pays for it. The head of the model reads such a norm, too: where
 it is tied to the embedding they part, which costs a table.
 
-    Q = (H_p kron R_m) diag(random signs),    width = p m, p a power of two, m odd
+    Q = diag(random signs) (H_p kron R_m),    width = p m, p a power of two, m odd
 
 with H the Hadamard matrix and R_m a random orthogonal one, so that widths such as 576 = 64 x 9 have one, too.
 
@@ -72,7 +72,8 @@ def orthogonal(width: int, seed: int = 0) -> Tensor:
     power = width & -width
     rest, _ = torch.linalg.qr(torch.randn(width // power, width // power, generator=generator, dtype=torch.float64))
     signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.float64) * 2 - 1
-    return torch.kron(_hadamard(power), rest.contiguous()) * signs
+    # Signs come before the Hadamard matrix: behind it they would leave every seed the same spread.
+    return signs[:, None] * torch.kron(_hadamard(power), rest.contiguous())
 
 
 def _hadamard(size: int) -> Tensor:
