@@ -3,8 +3,7 @@
     loss             1 - cos of the reference's and the method's embedding of a window, mean over windows
     same neighbour   share of the exam's questions whose nearest neighbour among the others is the reference's
 
-The first says how far embeddings move, the second whether a search would notice. Everything is computed in float32:
-what INT8 weights lose is less than bfloat16's own noise.
+The first says how far embeddings move, the second whether a search would notice. Everything is computed in float32.
 """
 
 from collections.abc import Iterable, Mapping
