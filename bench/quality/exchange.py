@@ -1,11 +1,13 @@
 """What methods are given and give back, whatever environment they run in: needs torch, transformers and safetensors.
 
-A method reads a folder with the bfloat16 model and one with the calibration windows; it writes the weights that its
-rounded layers compute with, decoded, so that all are judged by one runtime, and a record of its time and memory. Time
-is from the loaded model to the rounded one; importing, reading and writing are left out. Memory is the process's peak.
+A method reads a folder with the model (a decoder in bfloat16, an encoder in its own dtype) and one with the calibration
+windows; it writes the weights that its rounded layers compute with, decoded, so that all are judged by one runtime, and
+a record of its time and memory. Time is from the loaded model to the rounded one; importing, reading and writing are
+left out. Memory is the process's peak.
 """
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -20,12 +22,15 @@ WEIGHTS = "weights.safetensors"
 
 
 class Clock:
-    """Seconds between entering and leaving."""
+    """Seconds between entering and leaving, and those that processors worked meanwhile for this process.
 
-    seconds = 0.0
+    The latter are what other work on the machine hardly changes. They hold children that have ended.
+    """
+
+    seconds = processor_seconds = 0.0
 
     def __enter__(self) -> "Clock":
-        self._start = time.perf_counter()
+        self._start, self._worked = time.perf_counter(), _worked()
         return self
 
     @property
@@ -34,15 +39,40 @@ class Clock:
         return time.perf_counter() - self._start
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self.seconds = time.perf_counter() - self._start
+        self.seconds, self.processor_seconds = time.perf_counter() - self._start, _worked() - self._worked
+
+
+def _worked() -> float:
+    """Seconds of all threads and of children that have ended."""
+    return sum(os.times()[:4])
 
 
 def load_model(folder: str) -> tuple[Any, Any]:
-    """The model in bfloat16, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The model in the dtype that it is stored in, and its tokenizer."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    auto = AutoModelForCausalLM if is_decoder(AutoConfig.from_pretrained(folder)) else AutoModel
+    return auto.from_pretrained(folder, dtype="auto").eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether the model predicts tokens; else it gives embeddings."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures)
+
+
+def rounded_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """What everyone rounds, by name: the linear layers but for a decoder's head and an encoder's pooler."""
+    return {name: m for name, m in _linear(model).items() if name not in left_alone(model)}
+
+
+def left_alone(model: Any) -> list[str]:
+    """The linear layers that nobody rounds. Sentence embeddings are means of hidden states, without the pooler."""
+    head = model.get_output_embeddings()
+    return [name for name, m in _linear(model).items() if m is head or name.startswith("pooler.")]
+
+
+def _linear(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
 def calibration_rows(file: str) -> torch.Tensor:
@@ -61,4 +91,5 @@ def save_weights(weights: dict[str, torch.Tensor], out: str, clock: Clock, **als
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: w.clone().contiguous() for name, w in weights.items()}, folder / WEIGHTS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (folder / MEASURED).write_text(json.dumps({"seconds": clock.seconds, "peak_bytes": peak, **also}))
+    times = {"seconds": clock.seconds, "processor_seconds": clock.processor_seconds}
+    (folder / MEASURED).write_text(json.dumps({**times, "peak_bytes": peak, **also}))

@@ -1,51 +1,46 @@
-"""Rounding against its peers on four unlike texts: perplexity, time and memory, calibrated on the same 64 x 512 tokens.
+"""Rounding against its peers on four unlike texts: loss, time and memory, calibrated on the same 64 windows.
 
     python bench/quality/suite.py .demo/model.gguf --peer auto-round=VENV/bin/python --peer hqq=OTHER/bin/python
+    python bench/quality/suite.py ENCODER --out .bench/encoder --peer ...
 
 Every method runs in a process of its own (peers with the interpreter of their own environment), one after the other,
 and hands back the weights that it would compute with (one that turned the model first, all of it); those are judged
-here, in one runtime, against the same reference. A method whose result is in the folder already is neither run nor
-judged again. The head stays bfloat16. Intervals are those of the judge: 95 %, over units of text, paired with the
+here, in one runtime, against the same reference: decoders by perplexity, sentence encoders by how far embeddings move.
+A method whose result is in the folder already is neither run nor judged again. A decoder's head, an encoder's pooler
+and all embeddings stay as they are. Intervals are those of the judge: 95 %, over units of text, paired with the
 reference.
 """
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exam import Choices, Exam
-from exchange import MEASURED, WEIGHTS
+from decoders import Decoders
+from encoders import Encoders
+from exchange import MEASURED
+from judging import EVERYTHING, Cost, Method
 from texts import TEXTS, texts
 
 from lowprec.artifacts.folder import canonical_json
 from lowprec.formats import scheme_named
-from lowprec.records import from_json, to_json
-from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import Model, load
-from lowprec.steps.measure import Run, compare, compare_tokens, paired, run_through
-from lowprec.steps.scores import PairedScores
-from lowprec.steps.stream import Overlay, Override, Stream, fast_dtype
 from lowprec.steps.tokens import TokenSet
 
 HERE = Path(__file__).parent
-BATCH_TOKENS = 2048
-CONFIDENCE = 0.95
-EVERYTHING = "all"
-SCORES, CHOICES = "scores.json", "choices.json"
+GRID = re.compile(r"w(\d)a\d+-g(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +114,12 @@ OURS = (
     replace(HEALED, scheme="w4a8-int8-g64", smoothed=True, rotated=True),
     replace(HEALED, scheme="w4a8-int8-g64", two_sided=True, rotated=True),
 )
-# (peer, name, arguments of its worker)
+OURS_OF_ENCODERS = tuple(
+    replace(kind, scheme=scheme)
+    for scheme in ("w4a16-g64", "w4a16-g32-asym", "w3a16-g64", "w8a16", "w8a8-int8")
+    for kind in (PLAIN, COMPENSATED, HEALED)
+)
+# (peer, name, arguments of its worker, bits and group size first)
 PEERS = (
     ("auto-round", "AutoRound, 30 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "30")),
     ("auto-round", "AutoRound, 200 iterations, int4 g64 symmetric", ("4", "64", "symmetric", "200")),
@@ -140,60 +140,35 @@ PEERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One line of the table: what is run, with which interpreter, on which arguments.
-
-    `activation` is the format that the rounded layers' inputs are rounded to while it is judged.
-    """
-
-    name: str
-    worker: str
-    python: str
-    arguments: tuple[str, ...]
-    activation: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """What a method loses on one text: perplexity increase with its interval, and KL."""
-
-    text: str
-    tokens: int
-    perplexity_increase: float
-    lower: float
-    upper: float
-    kl_nats: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One method's scores, time and memory."""
-
-    method: str
-    seconds: float
-    peak_bytes: int
-    scores: tuple[Score, ...]
-    choices: Choices
-
-
-def methods(peers: Mapping[str, str]) -> list[Method]:
+def methods(peers: Mapping[str, str], ours: tuple[Ours, ...] = OURS) -> list[Method]:
     """Ours, and those peers whose interpreter is given."""
     found = [
         Method(
-            name=ours.name,
+            name=line.name,
             worker="worker_lowprec.py",
             python=sys.executable,
-            arguments=ours.arguments,
-            activation=scheme_named(ours.scheme).activation,
+            arguments=line.arguments,
+            activation=scheme_named(line.scheme).activation,
+            grid=_grid(*match.groups()) if (match := GRID.match(line.scheme)) else "",
         )
-        for ours in OURS
+        for line in ours
     ]
     return found + [
-        Method(name=name, worker=f"worker_{peer.replace('-', '_')}.py", python=peers[peer], arguments=arguments)
+        Method(
+            name=name,
+            worker=f"worker_{peer.replace('-', '_')}.py",
+            python=peers[peer],
+            arguments=arguments,
+            grid=_grid(*arguments[:2]),
+            peer=True,
+        )
         for peer, name, arguments in PEERS
         if peer in peers
     ]
+
+
+def _grid(bits: str, group: str) -> str:
+    return f"{bits.removeprefix('nf')} bits, groups of {group}"
 
 
 def interpreters(peers: list[str]) -> dict[str, str]:
@@ -205,12 +180,12 @@ def interpreters(peers: list[str]) -> dict[str, str]:
     return found
 
 
-def prepare(model: Model, folder: Path, tokens: int) -> TokenSet:
-    """Writes the bfloat16 model and the calibration windows; returns what is judged by."""
-    found = texts(model.tokenizer, folder / "packages", tokens)
+def prepare(model: Model, folder: Path, tokens: int, window: int) -> TokenSet:
+    """Writes the model, a decoder in bfloat16, and the calibration windows; returns what is judged by."""
+    found = texts(model.tokenizer, folder / "packages", tokens, window)
     if not (folder / "model" / "config.json").exists():
         config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if "quantization" not in k})
-        fresh = type(model.module)(config).to(torch.bfloat16)
+        fresh = type(model.module)(config).to(torch.bfloat16 if model.kind == "decoder" else model.dtype)
         fresh.load_state_dict(model.module.state_dict())
         fresh.save_pretrained(folder / "model")
         model.tokenizer.save_pretrained(folder / "model")
@@ -228,110 +203,18 @@ def run(method: Method, folder: Path) -> Path:
     return out
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Scores that were found before, and the digest of the text that they are of."""
-
-    text: str
-    scores: tuple[Score, ...]
-
-
-class Bench:
-    """The reference on the judged text, and what others lose against it."""
-
-    def __init__(self, model: Model, judged: TokenSet, packages: Path) -> None:
-        self._judged, self._batches = judged, judged.batches(BATCH_TOKENS)
-        self._stream = Stream(model.module, model.forward, self._batches[0])
-        # Reference and candidates in the same dtype: bfloat16's own noise, 0.001 nats, is in all rows.
-        self._dtype = fast_dtype(self._stream)
-        self._exam = Exam(self._stream, model.tokenizer, packages)
-
-    @cached_property
-    def _reference(self) -> Run:
-        with self._stream.computing(self._dtype):
-            return run_through(self._stream, self._batches)
-
-    def scores(self, folder: Path, activation: str | None) -> tuple[Score, ...]:
-        """Per text, and over all of them, what a method loses; read back where it was found on this text before."""
-        file = folder / SCORES
-        if file.exists():
-            known = from_json(Judged, file.read_text())
-            if known.text == self._judged.digest:
-                return known.scores
-        found = self._scores(*self._candidate(folder, activation))
-        file.write_text(to_json(Judged(text=self._judged.digest, scores=found)))
-        return found
-
-    def choices(self, folder: Path, activation: str | None) -> Choices:
-        """What a method answers; read back where it was asked before."""
-        file = folder / CHOICES
-        if file.exists():
-            return from_json(Choices, file.read_text())
-        stream, overlay = self._candidate(folder, activation)
-        with self._stream.computing(self._dtype), stream.computing(self._dtype):
-            found = self._exam.choices(stream, overlay)
-        file.write_text(to_json(found))
-        return found
-
-    def _candidate(self, folder: Path, activation: str | None) -> tuple[Stream, Overlay]:
-        """A method's model, the reference's unless it saved one of its own, and its weights.
-
-        `activation` is what the inputs of the blocks' layers are rounded to.
-        """
-        stream = self._stream
-        if (own := folder / "model").exists():
-            turned = load(own)
-            stream = Stream(turned.module, turned.forward, self._batches[0])
-        weights = load_file(folder / WEIGHTS)
-        return stream, {
-            layer: Override(
-                weight=lambda w=weights[name]: w.float(),  # type: ignore[misc]
-                activation=activation,
-                activation_exponents=weights.get(f"{layer}.exponents"),
-            )
-            for layer in stream.layers
-            if (name := f"{layer}.weight") in weights and stream.block_of(layer) is not None
-        }
-
-    def _scores(self, stream: Stream, overlay: Overlay) -> tuple[Score, ...]:
-        """Per text, and over all of them."""
-        with self._stream.computing(self._dtype), stream.computing(self._dtype):
-            candidate = run_through(stream, self._batches, overlay)
-            table = compare(self._reference, [candidate], self._batches, compare_tokens)[0]
-        found = paired(table, self._judged, self._batches)
-        by_text = [(name, found.source == number) for number, name in enumerate(TEXTS)]
-        return tuple(_score(name, found, mask) for name, mask in [*by_text, (EVERYTHING, found.source >= 0)])
-
-
-def _score(text: str, found: PairedScores, mask: Any) -> Score:
-    units = np.unique(found.unit[mask], return_inverse=True)[1]
-    loss = np.bincount(units, (found.loss - found.loss_reference)[mask])
-    tokens = np.bincount(units, found.tokens[mask])
-    bounds = ratio_bounds(loss, tokens, 1.0 - (1.0 - CONFIDENCE) / 2.0)
-    return Score(
-        text=text,
-        tokens=int(tokens.sum()),
-        perplexity_increase=float(np.expm1(loss.sum() / tokens.sum())),
-        lower=float(np.expm1(bounds.lower)),
-        upper=float(np.expm1(bounds.upper)),
-        kl_nats=float(found.kl[mask].sum() / tokens.sum()),
-    )
-
-
-def show(results: list[Result], console: Console) -> None:
+def show(bench: Decoders | Encoders, results: list[Cost], console: Console) -> None:
     """The table."""
-    columns = ("method", "s", "GB", *TEXTS, EVERYTHING, "KL", "right", "same letter")
-    table = Table(*columns, title="perplexity increase [95 %]; multiple choice")
+    table = Table("method", "s", "processor s", "GB", *TEXTS, EVERYTHING, *bench.columns, title=bench.title)
     for result in results:
-        cells = [f"{s.perplexity_increase:+.2%} [{s.lower:.2%}, {s.upper:.2%}]" for s in result.scores]
-        memory, kl = f"{result.peak_bytes / 1e9:.2f}", f"{result.scores[-1].kl_nats:.4f}"
-        choices = (f"{result.choices.right:.1%}", f"{result.choices.as_reference:.1%}")
-        table.add_row(result.method, f"{result.seconds:.0f}", memory, *cells, kl, *choices)
+        worked = "" if result.processor_seconds is None else f"{result.processor_seconds:.0f}"
+        cost = (f"{result.seconds:.0f}", worked, f"{result.peak_bytes / 1e9:.2f}")
+        table.add_row(result.method, *cost, *bench.row(result))
     console.print(table)
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A decoder: folder, GGUF file or name.")],
+    model: Annotated[str, typer.Argument(help="A decoder or a sentence encoder: folder, GGUF file or name.")],
     out: Annotated[Path, typer.Option(help="Where results and intermediate files go.")] = Path(".bench/quality"),
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON of a peer's environment; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text to judge by.")] = 18_000,
@@ -341,30 +224,25 @@ def main(
     """Runs the suite."""
     out.mkdir(parents=True, exist_ok=True)
     loaded = load(model)
-    judged = prepare(loaded, out, tokens)
-    known = methods(interpreters(peer or []))
+    kind, ours = (Decoders, OURS) if loaded.kind == "decoder" else (Encoders, OURS_OF_ENCODERS)
+    judged = prepare(loaded, out, tokens, kind.window)
+    known = methods(interpreters(peer or []), ours)
     wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
     folders = {method.name: run(method, out) for method in wanted}
-    activations = {method.name: method.activation for method in wanted}
-    bench = Bench(loaded, judged, out / "packages")
-    results = []
-    for name, folder in folders.items():
-        measured = json.loads((folder / MEASURED).read_text())
-        result = Result(
-            method=name,
-            seconds=measured["seconds"],
-            peak_bytes=measured["peak_bytes"],
-            scores=bench.scores(folder, activations[name]),
-            choices=bench.choices(folder, activations[name]),
-        )
-        results.append(result)
-        show(results, Console(width=220))
+    bench = kind(loaded, judged, out / "packages")
+    results: list[Cost] = []
+    for method in wanted:
+        folder = folders[method.name]
+        results.append(bench.result(method, folder, json.loads((folder / MEASURED).read_text())))
+        show(bench, results, Console(width=220))
     machine = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    record = {"environment": machine, "results": [asdict(r) for r in results]}
+    record: dict[str, Any] = {"environment": machine, "results": [asdict(r) for r in results]}
+    if isinstance(bench, Encoders):
+        record["differences"] = [asdict(d) for d in bench.differences(wanted, folders)]
     (out / "quality.json").write_text(canonical_json(record))
 
 

@@ -36,30 +36,31 @@ TEXTS = ("technical", "literature", "code", "questions")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Texts:
-    """calibration: [64, 512] int64, without padding; judged: every text's windows, the text being the source."""
+    """calibration: [64, window] int64, without padding; judged: every text's windows, the text being the source."""
 
     calibration: torch.Tensor
     judged: TokenSet
 
 
-def texts(tokenizer: Any, folder: Path, tokens: int) -> Texts:
-    """All texts in tokens, about `tokens` of each to judge by; downloads into `folder` what is not there."""
+def texts(tokenizer: Any, folder: Path, tokens: int, window: int = WINDOW) -> Texts:
+    """All texts in windows of at most `window` tokens, about `tokens` of each text to judge by; downloads into `folder`
+    what is not there."""
     encoder = encoder_of(tokenizer)
     sizes = SplitSizes(
-        calibration=CALIBRATION_WINDOWS * WINDOW * 5 // 4, tuning=1024, held_out=tokens, looks=1, window=WINDOW
+        calibration=CALIBRATION_WINDOWS * window * 5 // 4, tuning=1024, held_out=tokens, looks=1, window=window
     )
     technical = split(read_sources(), tokenizer, sizes)
     _download(folder)
     sets = [_named(technical.held_out[0])]
     for source, documents in enumerate((_literature(folder), _code(folder), questions(folder)), start=1):
-        sets.append(_windows(documents, encoder, source, tokens))
-    return Texts(calibration=_packed(technical.calibration, encoder), judged=_joined(sets))
+        sets.append(_windows(documents, encoder, source, tokens, window))
+    return Texts(calibration=_packed(technical.calibration, encoder, window), judged=_joined(sets))
 
 
-def _packed(calibration: TokenSet, encoder: Encoder) -> torch.Tensor:
+def _packed(calibration: TokenSet, encoder: Encoder, window: int) -> torch.Tensor:
     """Peers take windows of one length, so the text is written on end and cut."""
     bare = [ids[len(encoder.prefix) : len(ids) - len(encoder.suffix)] for ids in calibration.ids]
-    body = WINDOW - len(encoder.prefix) - len(encoder.suffix)
+    body = window - len(encoder.prefix) - len(encoder.suffix)
     rows = torch.cat(bare)[: CALIBRATION_WINDOWS * body].view(CALIBRATION_WINDOWS, body)
     around = [torch.tensor(part, dtype=rows.dtype).expand(len(rows), -1) for part in (encoder.prefix, encoder.suffix)]
     return torch.cat([around[0], rows, around[1]], 1)
@@ -90,12 +91,12 @@ def _joined(sets: list[TokenSet]) -> TokenSet:
     )
 
 
-def _windows(documents: Iterator[tuple[str, str]], encoder: Encoder, source: int, tokens: int) -> TokenSet:
+def _windows(documents: Iterator[tuple[str, str]], encoder: Encoder, source: int, tokens: int, window: int) -> TokenSet:
     """Documents, each a unit, in windows until there are `tokens`."""
     ids: list[torch.Tensor] = []
     units: list[int] = []
     names: list[str] = []
-    body = WINDOW - len(encoder.prefix) - len(encoder.suffix)
+    body = window - len(encoder.prefix) - len(encoder.suffix)
     for unit, (name, text) in enumerate(documents):
         if sum(map(len, ids)) >= tokens:
             break

@@ -6,15 +6,14 @@ Scales are not quantised again. Nothing is calibrated.
 import sys
 
 import torch
-from exchange import Clock, load_model, save_weights
+from exchange import Clock, load_model, rounded_layers, save_weights
 
 if __name__ == "__main__":
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     model_folder, _, out, kind, block = sys.argv[1:]
     model, _ = load_model(model_folder)
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = rounded_layers(model)
     with Clock() as clock, torch.no_grad():
         packed = {
             name: quantize_4bit(m.weight, blocksize=int(block), quant_type=kind, compress_statistics=False)

@@ -2,20 +2,18 @@
 
 import sys
 
-import torch
-from exchange import Clock, load_model, save_weights
+from exchange import Clock, load_model, rounded_layers, save_weights
 
 if __name__ == "__main__":
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     model_folder, _, out, bits, group = sys.argv[1:]
     model, _ = load_model(model_folder)
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = rounded_layers(model)
     config = BaseQuantizeConfig(nbits=int(bits), group_size=int(group), axis=1)
     with Clock() as clock:
         rounded = {
-            name: HQQLinear(m, config, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)
+            name: HQQLinear(m, config, compute_dtype=model.dtype, device="cpu", del_orig=False)
             for name, m in layers.items()
         }
     save_weights({f"{name}.weight": m.dequantize() for name, m in rounded.items()}, out, clock)

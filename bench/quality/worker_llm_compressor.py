@@ -7,7 +7,7 @@ OBSERVER finds the scales: `memoryless_minmax` is its default, `memoryless_mse` 
 
 import sys
 
-from exchange import Clock, calibration_rows, load_model, save_weights
+from exchange import Clock, calibration_rows, left_alone, load_model, save_weights
 
 ROWS = 8
 
@@ -31,7 +31,9 @@ if __name__ == "__main__":
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": grid}}, ignore=["lm_head"]),
+            recipe=GPTQModifier(
+                config_groups={"all": {"targets": ["Linear"], "weights": grid}}, ignore=left_alone(model)
+            ),
             dataset=DataLoader([{"input_ids": row, "attention_mask": row * 0 + 1} for row in rows], batch_size=ROWS),
         )
     layers = {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}

@@ -6,7 +6,8 @@ SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others
 rounding in each block, 0 for none; PASSES of healing follow, 0 for none; SMOOTH is 1 when scales are merged between the
 layers first, WEIGH when calibration tokens weigh as their gradients say, TWO_SIDED when rows make up for each other's
 errors as well, ROTATE when hidden states and heads are turned before: the whole turned model is then saved in
-OUT/model. The head stays as it is. These are the steps that `lowprec calibrate` takes for each mix.
+OUT/model. A decoder's head and an encoder's pooler stay as they are. These are the steps that `lowprec calibrate` takes
+for each mix.
 """
 
 import sys
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from exchange import Clock, calibration_rows, load_model, save_weights
+from exchange import Clock, calibration_rows, is_decoder, load_model, save_weights
 
 from lowprec.artifacts.folder import RunFolder
 from lowprec.formats import resolve, scheme_named
@@ -25,8 +26,8 @@ from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import token_importance
 from lowprec.steps.learn import Learning
-from lowprec.steps.load import decoder_forward, wrap
-from lowprec.steps.outcome import Tokens
+from lowprec.steps.load import decoder_forward, sentence_forward, wrap
+from lowprec.steps.outcome import Tokens, Vector
 from lowprec.steps.rotate import turned
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder
@@ -39,14 +40,16 @@ ROWS = 4
 if __name__ == "__main__":
     model_folder, calibration, out, scheme, solver, steps, passes, smoothed, weigh, two_sided, rotate = sys.argv[1:]
     model, tokenizer = load_model(model_folder)
+    decoder = is_decoder(model.config)
+    forward, outcome = (decoder_forward, Tokens()) if decoder else (sentence_forward, Vector())
     rows = calibration_rows(calibration)
     lengths = torch.full((ROWS,), rows.shape[1])
     batches = [Batch(ids=ids, lengths=lengths[: len(ids)], index=()) for ids in rows.split(ROWS)]
     with tempfile.TemporaryDirectory() as place, Clock() as clock, RunFolder(Path(place)) as folder:
         if int(rotate):
-            model = turned(wrap(model, decoder_forward, kind="decoder")).module
+            model = turned(wrap(model, forward, kind="decoder" if decoder else "encoder")).module
         few = Batch(ids=rows[:1, :8], lengths=torch.tensor([8]), index=())
-        stream = Stream(model, decoder_forward, few)
+        stream = Stream(model, forward, few)
         groups = [g for g in find_groups(stream)[0] if g.block is not None]
         schemes = {g.name: resolve(scheme_named(scheme), g.k) for g in groups}
         scales = ()
@@ -57,7 +60,7 @@ if __name__ == "__main__":
             "groups": groups,
             "schemes": schemes,
             "batches": batches,
-            "outcome": Tokens(),
+            "outcome": outcome,
             "calibration": Calibration(amax=(), batches=len(batches), smoothed=scales),
         }
         compensation = Compensation(
@@ -71,7 +74,7 @@ if __name__ == "__main__":
         if int(weigh) or int(two_sided):
             products = Scratch(Path(place) / "outputs", "")
             keep = (lambda g, found: products.save(g.name, [p.bfloat16() for p in found])) if int(two_sided) else None
-            importance = token_importance(stream, groups, batches, Tokens(), keep=keep)
+            importance = token_importance(stream, groups, batches, outcome, keep=keep)
             outputs = lambda group: products.load(group.name) or ()  # noqa: E731
             compensation = replace(compensation, importance=importance, outputs=outputs)
         weighed = clock.elapsed

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import torch
-from exchange import Clock, load_model, save_weights
+from exchange import Clock, load_model, rounded_layers, save_weights
 
 
 def graph_of(weight: np.ndarray):
@@ -52,8 +52,7 @@ if __name__ == "__main__":
     logging.disable(logging.INFO)
     model_folder, _, out, bits, block, symmetric = sys.argv[1:]
     model, _ = load_model(model_folder)
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = rounded_layers(model)
     rounded = {}
     with Clock() as clock:
         for name, m in layers.items():

@@ -7,7 +7,7 @@ whatever MAPPING says. Nothing is calibrated.
 import sys
 
 import torch
-from exchange import Clock, load_model, save_weights
+from exchange import Clock, load_model, rounded_layers, save_weights
 
 if __name__ == "__main__":
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
@@ -15,8 +15,7 @@ if __name__ == "__main__":
 
     model_folder, _, out, bits, group, mapping, algorithm = sys.argv[1:]
     model, _ = load_model(model_folder)
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = rounded_layers(model)
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{bits}"),
         granularity=PerGroup(int(group)),
