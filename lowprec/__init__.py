@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ModelError,
         UnsupportedError,
     )
+    from lowprec.onnx import export_onnx
     from lowprec.pipeline.artefact import Loaded, export
     from lowprec.pipeline.choose import Chosen, choose
     from lowprec.pipeline.context import Context
@@ -108,6 +109,7 @@ _HOME = {
     "cost": "steps.cost:time_shapes",
     "effort_named": "settings:effort_named",
     "export": "pipeline.artefact:export",
+    "export_onnx": "onnx:export_onnx",
     "frontier": "steps.allocate:frontier",
     "graph": "steps.graph:find_groups",
     "judge": "steps.judge:judge",
@@ -173,6 +175,7 @@ __all__ = [
     "cost",
     "effort_named",
     "export",
+    "export_onnx",
     "frontier",
     "graph",
     "judge",

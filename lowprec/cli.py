@@ -40,17 +40,17 @@ def root(
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is no error: what had been computed is in the folder."""
+def _interruptible(said: str) -> Iterator[None]:
+    """Ctrl-C is no error; `said` tells what is left of the work."""
     try:
         yield
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: the same command resumes the run", soft_wrap=True)
+        Console(stderr=True).print(said, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
-@_interruptible()
+@_interruptible("interrupted: the same command resumes the run")
 def calibrate(
     model: Annotated[str, typer.Argument(help="Hugging Face name or folder, or a GGUF file.")],
     budget: Annotated[str, typer.Option(help="Loss that is allowed: 5%, 0.05, or '0.05 abs'.")] = "5%",
@@ -130,6 +130,34 @@ def calibrate(
         )
     print_summary(report, Console(), report_path=str(out / REPORT_HTML))
     raise typer.Exit(0 if report.verdict == "within" else 1)
+
+
+@app.command()
+@_interruptible("interrupted: nothing was written")
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of its artefact.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export is replaced.")],
+    target: Annotated[str, typer.Option(help="What is written: onnx.")] = "onnx",
+) -> None:
+    """Write a finished run's model for another runtime, and check it there.
+
+    --debug anywhere shows tracebacks.
+    """
+    from lowprec.onnx import check_target, export_onnx
+    from lowprec.report import RunProgress, numbers
+
+    _quiet_libraries()
+    check_target(target)
+    with RunProgress() as progress, progress.step("export"):
+        written = export_onnx(source, out)
+    size = numbers.plain(numbers.byte_size(written.bytes))
+    Console().print(
+        f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}; outputs in onnxruntime within "
+        f"{written.largest_error:.1e} of the artefact's",
+        soft_wrap=True,
+    )
+    for note in written.notes:
+        Console().print(f"note: {_escape(note)}", soft_wrap=True)
 
 
 def _quiet_libraries() -> None:

@@ -57,6 +57,11 @@ def architecture_of(config: Any) -> Any:
     return found
 
 
+def makes_logits(architecture: str) -> bool:
+    """Whether a transformers class of that name answers with logits over the next token."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def skeleton_of(config: Any) -> Skeleton:
     """Builds the skeleton of the model that `config` describes."""
     with torch.device("meta"):

@@ -21,6 +21,7 @@ scored with, which are also those of vLLM's kernels; `activations="library"` lea
 
 import contextlib
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -145,6 +146,12 @@ def _patched(target: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(target, name, before)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the forward of a causal model calls the KV cache that it takes."""
+    # transformers 5.24 renamed it.
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextlib.contextmanager
@@ -340,12 +347,18 @@ def put_into(
     return module
 
 
+def leave_inputs_(module: nn.Module) -> None:
+    """Takes the rounding of inputs off all layers of a loaded artefact, in place."""
+    for layer in module.modules():
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, RoundInput):
+                del layer._forward_pre_hooks[key]
+
+
 def _make_dense(layer: nn.Module, weight: QuantizedWeight, activation: str | None, scale: Tensor | None) -> None:
     # A new parameter: a tied embedding keeps the old one.
     dense = stored_weight(layer, weight.dequantize()).to(weight_of(layer))
     layer.weight = nn.Parameter(dense, requires_grad=False)
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        if isinstance(hook, RoundInput):
-            del layer._forward_pre_hooks[key]
+    leave_inputs_(layer)
     if activation is not None:
         layer.register_forward_pre_hook(RoundInput(format=activation, scale=scale))

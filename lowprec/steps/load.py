@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lowprec.artifacts.ct_checks import makes_logits
 from lowprec.artifacts.loading import quiet
 from lowprec.artifacts.source import check_gguf, check_model_folder, check_shapes, stored_bytes, weights_digest
 from lowprec.errors import ArtifactError, ConfigError, LowprecError, ModelError, UnsupportedError
@@ -247,7 +248,7 @@ def _is_decoder(config: Any) -> bool:
         raise UnsupportedError(
             f"{names[0]} answers to more than text", ("only decoders and encoders of text can be optimised yet",)
         )
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return any(makes_logits(name) for name in names)
 
 
 def _model(module: Any, tokenizer: Any, name: str, decoder: bool, made_up: tuple[str, ...] = ()) -> Model:

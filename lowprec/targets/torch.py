@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowprec.artifacts.loading import cache_argument
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
 from lowprec.formats.rows import MixedRows
@@ -214,8 +215,7 @@ class _Cached:
     def __init__(self, model: nn.Module) -> None:
         taken = inspect.signature(model.forward).parameters
         self._model = model
-        # transformers 5.24 renamed it.
-        self._name = "cache" if "cache" in taken else "past_key_values"
+        self._name = cache_argument(model)
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def __call__(self, tokens: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:

@@ -1,0 +1,78 @@
+"""ONNX: one plan for every runtime that is not PyTorch, in a standard form, checked before it counts as written.
+
+`graph` makes a graph of a model, `canonical` puts codes into the place of its planned weights, `folder` writes it,
+`checks` shows that it computes what the artefact does, `session` runs it in onnxruntime. All but this file need the
+packages of the extra `onnx`.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from lowprec.errors import ConfigError
+from lowprec.registry import closest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lowprec.onnx.folder import OnnxArtefact
+
+EXPORT_TARGETS = ("onnx",)
+NEEDED = {"onnx": "1.20", "onnx-ir": "1.1", "onnxscript": "0.7", "onnxruntime": "1.23"}
+"""Package -> the oldest version with what is used here; pyproject.toml asks for the same."""
+
+
+def check_target(name: str) -> None:
+    """Raises ConfigError when nothing can be exported for a target called `name`."""
+    if name not in EXPORT_TARGETS:
+        raise ConfigError(f"unknown export target {name!r}: {closest(name, EXPORT_TARGETS)}")
+
+
+def require_extra() -> None:
+    """Raises ConfigError, with the remedy, when a package of the extra `onnx` is missing or too old."""
+    wrong = []
+    for name, oldest in NEEDED.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+        else:
+            if Version(found) < Version(oldest):
+                wrong.append(f"{name} is {found}, {oldest} is needed")
+    if wrong:
+        raise ConfigError(f"ONNX needs more packages ({'; '.join(wrong)}): pip install --upgrade 'lowprec[onnx]'")
+
+
+def export_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    module: "nn.Module | None" = None,
+    inputs: "Mapping[str, Tensor] | None" = None,
+) -> "OnnxArtefact":
+    """Writes an artefact as ONNX: standard operators of opset 21, weights as codes that DequantizeLinear reads.
+
+    Weights are what the artefact says, bit for bit; inputs are rounded nowhere, in no scheme. What is not quantised,
+    embeddings in codes included, is in float32.
+
+    Args:
+        source: the folder of a finished run, or that of its artefact.
+        out: the folder to write; an existing one must be empty or an earlier ONNX export.
+        module: the module of yours, with the weights it had, of an artefact that holds only its layers; not changed.
+        inputs: name -> example, [batch, ...] with a batch of at least two, of such a module's forward.
+
+    Returns:
+        Where it lies, how far its outputs were from the artefact's in torch, and what is to be known about it.
+
+    Raises:
+        ConfigError: the extra is not installed; arguments that do not go together.
+        UnsupportedError: a model that cannot be made a graph, or a planned layer that is not found in it.
+        ArtifactError: a damaged artefact, a folder that cannot be written, or a graph that computes something else.
+    """
+    require_extra()
+    from lowprec.onnx.folder import write_onnx
+
+    return write_onnx(Path(source), Path(out), module, inputs)

@@ -1,0 +1,218 @@
+"""The ONNX folder: written from an artefact's codes, checked, and then put in place whole.
+
+    model.onnx, model.onnx.data     graph; weights, as external data in one file
+    config.json, generation_config.json, tokenizer files, digests.json
+
+Metadata of the model (all text): lowprec.version, .opset, .kind; .schemes (JSON, layer -> scheme) and .plan (its
+digest); .artefact (SHA-256 of the artefact's digests.json) and .model, .source_revision (weights digest) as far as they
+are known; .notes (JSON, what this form does otherwise than the artefact).
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from lowprec.artifacts import digests, probe
+from lowprec.artifacts.compressed_tensors import OWN_FORM, recover, write_folder
+from lowprec.artifacts.loading import apply_artefact, leave_inputs_, load_artefact, read_back, schemes_of
+from lowprec.artifacts.own_form import form_of, read_manifest
+from lowprec.errors import ArtifactError, ConfigError
+from lowprec.formats import WEIGHT_FORMATS
+from lowprec.onnx.canonical import Rewritten, to_canonical
+from lowprec.onnx.checks import LONG, check_file, check_outputs
+from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
+from lowprec.onnx.session import ACCURACY, EXACT
+from lowprec.records import Scheme, digest
+from lowprec.version import __version__
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxArtefact:
+    """What was written.
+
+    Attributes:
+        layers: how many read codes.
+        bytes: of graph and weights.
+        largest_error: of its outputs against the artefact's in torch, as a share of the largest.
+        notes: what this form does otherwise than the artefact, one sentence each.
+    """
+
+    path: Path
+    kind: Kind
+    layers: int
+    bytes: int
+    largest_error: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Source:
+    """An artefact as it was loaded: in float32, inputs not rounded."""
+
+    path: Path
+    module: nn.Module
+    tokenizer: Any
+    schemes: Mapping[str, Scheme]
+    origin: Mapping[str, str]
+
+
+def write_onnx(source: Path, out: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> OnnxArtefact:
+    """See `lowprec.onnx.export_onnx`."""
+    path = artefact_of(source)
+    _check_place(out, path)
+    loaded = _loaded(path, module, inputs)
+    size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
+    # Made inside of it, so that a folder that cannot be written is known before the work, and a failure leaves nothing.
+    return write_folder(out, size, lambda folder: _fill(folder, out, loaded, inputs))
+
+
+def artefact_of(source: Path) -> Path:
+    """The artefact's folder of a finished run, or `source` itself; ArtifactError when it is neither."""
+    if any((source / name).exists() for name in ("config.json", OWN_FORM)):
+        return source
+    if source.is_dir():
+        recover(source / "model")
+    if not (source / "model").is_dir():
+        raise ArtifactError(source, "is neither the folder of a finished run, which has model/, nor an artefact")
+    return source / "model"
+
+
+def _check_place(out: Path, artefact: Path) -> None:
+    if artefact.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"{out} is the artefact's own folder; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MODEL).exists():
+        raise ArtifactError(out, "holds files that are no earlier ONNX export; choose an empty or a new folder")
+
+
+def _loaded(path: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> _Source:
+    manifest = read_manifest(path) if form_of(path) != "compressed-tensors" else None
+    facts = _digest(path)
+    if manifest is not None and manifest.form == "lowprec-layers":
+        if module is None or inputs is None:
+            raise ConfigError(
+                f"{path} has only the quantised layers of a {manifest.module}: give that module and example inputs, "
+                "lowprec.export_onnx(folder, out, module=..., inputs=...)"
+            )
+        found, tokenizer = apply_artefact(copy.deepcopy(module), path, dtype=torch.float32).eval(), None
+    elif module is not None or inputs is not None:
+        raise ConfigError(f"{path} holds its whole model: give neither a module nor inputs")
+    else:
+        found, tokenizer = load_artefact(path)
+    leave_inputs_(found)
+    schemes = schemes_of(path) if manifest is None else {layer.name: layer.scheme for layer in manifest.layers}
+    origin = _from_plan(path.parent / PLAN) if manifest is None else (manifest.model, manifest.revision)
+    facts.update(zip(("model", "source_revision"), origin, strict=False))
+    return _Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts)
+
+
+def _digest(path: Path) -> dict[str, str]:
+    """The digest of the artefact's digests, which are checked; nothing where it has none."""
+    file = path / digests.FILE_NAME
+    if not file.exists():
+        return {}
+    if wrong := digests.verify_digests(path):
+        raise ArtifactError(path, f"is damaged: {wrong[0]}; copy the artefact again")
+    return {"artefact": digests.sha256_of(file)}
+
+
+def _from_plan(file: Path) -> tuple[str, ...]:
+    """Name and weights digest of the model that a run's plan is for; nothing for an artefact away from its run."""
+    if not file.exists():
+        return ()
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))["record"]
+        return str(record["model"]), str(record["revision"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(file, f"is no plan ({error}); run lowprec calibrate again") from error
+
+
+def _fill(folder: Path, out: Path, source: _Source, inputs: Mapping[str, Tensor] | None) -> OnnxArtefact:
+    graph = graph_of(source.module, inputs)
+    rewritten = to_canonical(graph, read_back(source.path))
+    tidy(graph)
+    notes = notes_of(source.schemes, rewritten)
+    graph.model.metadata_props.update(_metadata(source, graph.kind, notes))
+    graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
+    graph.model.graph.name = type(source.module).__name__
+    ir.save(graph.model, folder / MODEL, external_data=DATA)
+    _write_texts(folder, source, graph)
+    check_file(folder / MODEL, out)
+    error = check_outputs(folder / MODEL, out, graph.kind, source.module, inputs, _tokens(source))
+    digests.write_digests(folder)
+    return OnnxArtefact(
+        path=out,
+        kind=graph.kind,
+        layers=len(rewritten.layers),
+        bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()),
+        largest_error=error,
+        notes=notes,
+    )
+
+
+def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, ...]:
+    """What the canonical form of these layers does otherwise than their artefact."""
+    notes = []
+    if rounding := sorted({s.name for s in schemes.values() if s.activation is not None}):
+        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
+    formats = [WEIGHT_FORMATS[scheme.weight] for scheme in schemes.values() if scheme.weight is not None]
+    if any(fmt.bits == 3 for fmt in formats):
+        notes.append("3-bit weights are stored in 4 bits")
+    if any(not fmt.code_dtype.is_floating_point for fmt in formats):
+        notes.append(
+            "onnxruntime rounds the inputs of integer weights to INT8, block by block, unless the session is opened "
+            f"with {ACCURACY}={EXACT}, as it was for the check"
+        )
+    if rewritten.tables:
+        notes.append(
+            f"{', '.join(rewritten.tables)}: rows that an embedding reads have the values of the codes in float32"
+        )
+    notes.append("weights that are not in codes are float32")
+    return tuple(notes)
+
+
+def _metadata(source: _Source, kind: Kind, notes: Sequence[str]) -> dict[str, str]:
+    schemes = json.dumps({layer: scheme.name for layer, scheme in source.schemes.items()}, sort_keys=True)
+    facts = {
+        "version": __version__,
+        "opset": str(OPSET),
+        "kind": kind,
+        "schemes": schemes,
+        "plan": digest(schemes),
+        "notes": json.dumps(list(notes)),
+        **source.origin,
+    }
+    return {f"lowprec.{name}": value for name, value in facts.items()}
+
+
+def _write_texts(folder: Path, source: _Source, graph: Graph) -> None:
+    if graph.kind == "module":
+        return
+    config: Any = source.module.config
+    left_out = ("quantization_config", "_name_or_path")
+    plain = type(config).from_dict({name: v for name, v in config.to_dict().items() if name not in left_out})
+    plain.dtype = torch.float32
+    plain.save_pretrained(folder)
+    if (source.path / "generation_config.json").exists():
+        shutil.copyfile(source.path / "generation_config.json", folder / "generation_config.json")
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _tokens(source: _Source) -> Tensor:
+    """[W, T] token ids: of the probe set if there is one, else of no meaning."""
+    if (source.path / probe.FILE_NAME).exists():
+        return probe.load_probe(source.path).tokens
+    config: Any = getattr(source.module, "config", None)
+    vocabulary = config.get_text_config().vocab_size if config is not None else 2
+    return torch.randint(0, vocabulary, (2, LONG), generator=torch.Generator().manual_seed(0))
