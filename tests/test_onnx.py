@@ -527,7 +527,7 @@ def test_the_extra_installs_what_is_needed() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extra = [Requirement(text) for text in project["project"]["optional-dependencies"]["onnx"]]
     oldest = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in extra}
-    assert oldest == NEEDED
+    assert NEEDED.items() <= oldest.items()
 
 
 def test_targets_and_places_that_are_refused(
