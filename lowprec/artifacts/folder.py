@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from torch import Tensor
 
@@ -276,6 +276,10 @@ class RunFolder:
         """Deletes what is stored of these groups."""
         for group in groups:
             self._solved(group).unlink(missing_ok=True)
+
+    def solved_names(self) -> list[str]:
+        """The names of all groups that something is stored of."""
+        return sorted(unquote(file.stem) for file in (self.path / "solved").glob("*.safetensors"))
 
     def _solved(self, group: str) -> Path:
         # Group names may hold characters that a file name may not.

@@ -7,6 +7,7 @@ ever worse than what it started from.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,8 @@ from lowprec.steps.stream import Overlay
 from lowprec.steps.verify import Measured
 
 PLAIN, COMPENSATED, HEALED = "plain", "compensated", "healed"
+# How the files of a mix's groups end: group@(rounding)(digest of the mix); those of calibration end in a format.
+OF_A_MIX = re.compile(rf"@(?:{HEALED})?([0-9a-f]{{16}})$")
 # Of the KL that calibration's rounding predicts for weights of 4 bits, what is left after a mix was rounded as a whole:
 # SmolLM2-135M, INT4 g64, on the text that it was calibrated on. The first measured mix replaces it.
 LEFT_OF_KL = {PLAIN: 1.0, COMPENSATED: 0.5, HEALED: 0.5}
@@ -130,10 +133,11 @@ class Mixes:
 
     def solved(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding; forgets what only others needed."""
-        solved = self._rounded(schemes, self.rounding_of(schemes))
-        groups, folder = self._prepared.groups, self._prepared.context.folder
-        for mix in self._measured.keys() - {_name_of(schemes)}:
-            folder.forget_solved(f"{g.name}@{kind}{mix}" for g in groups for kind in ("", HEALED))
+        solved, mix = self._rounded(schemes, self.rounding_of(schemes)), _name_of(schemes)
+        folder = self._prepared.context.folder
+        # Also those of earlier budgets, whose measurements on another text are not known any more.
+        others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] != mix]
+        folder.forget_solved(others)
         self._outputs.clear()
         return solved
 
