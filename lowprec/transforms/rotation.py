@@ -22,6 +22,10 @@ It pays where inputs are rounded. SmolLM2-135M, every input in INT8 by token and
     smoothed             0.0097
     R1 and smoothed      0.0078
 
+(R1 then had its signs behind the Hadamard matrix. `bench/quality/inputs.py` measures all of it.) What it wins where
+weights are rounded is in `bench/README.md`: INT4 g64, healed, +5.8 % instead of +6.9 %, with inputs in INT8 +6.0 %
+instead of +8.9 %.
+
 Left out: rotations that a runtime would have to compute (QuaRot's R3 and R4, of queries, keys and the input of down).
 """
 
