@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -230,10 +229,10 @@ class Mixes:
         return Scratch(self._prepared.context.folder.path / "work-outputs", digest(*self._prepared.inputs.values()))
 
     def _keep_outputs(self, group: Group, products: Sequence[Tensor]) -> None:
-        self._outputs.save(_file_of(group), [product.to(torch.bfloat16) for product in products])
+        self._outputs.save(group.name, [product.to(torch.bfloat16) for product in products])
 
     def _outputs_of(self, group: Group) -> Sequence[Tensor]:
-        return (self._outputs.load(_file_of(group)) or ()) if self._prepared.context.settings.effort.two_sided else ()
+        return (self._outputs.load(group.name) or ()) if self._prepared.context.settings.effort.two_sided else ()
 
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
         """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
@@ -264,11 +263,6 @@ class Mixes:
             "outcome": prepared.context.model.outcome,
             "calibration": self._scored.calibration,
         }
-
-
-def _file_of(group: Group) -> str:
-    """Group names may hold characters that a file name may not."""
-    return quote(group.name, safe="")
 
 
 def _schemes(names: Mapping[str, str]) -> dict[str, Scheme]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ class Scratch:
             ArtifactError: the disk is full or not writable.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / f"{name}.safetensors"
+        file = self._file(name)
         fresh = file.with_suffix(".new")
         try:
             save_file({f"{i:06d}": t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, fresh)
@@ -50,7 +51,7 @@ class Scratch:
 
     def load(self, name: str) -> list[Tensor] | None:
         """The list stored under `name`, None when there is none."""
-        file = self.path / f"{name}.safetensors"
+        file = self._file(name)
         if not file.exists():
             return None
         try:
@@ -78,7 +79,11 @@ class Scratch:
 
     def forget(self, name: str) -> None:
         """Deletes the list stored under `name`."""
-        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        # Names of groups may hold characters that a file name may not.
+        return self.path / f"{quote(name, safe='')}.safetensors"
 
     def clear(self) -> None:
         """Deletes everything."""

@@ -138,8 +138,7 @@ def windows_of(batch: Any) -> list[tuple[slice, Any]]:
     if not isinstance(batch, Batch):
         return [(slice(None), batch)]
     rows = [slice(i, i + 1) for i in range(len(batch.ids))]
-    index = batch.index or (0,) * len(rows)
-    return [(r, Batch(ids=batch.ids[r], lengths=batch.lengths[r], index=index[r])) for r in rows]
+    return [(r, Batch(ids=batch.ids[r], lengths=batch.lengths[r], index=batch.index[r])) for r in rows]
 
 
 def rows_of_batch(hidden: Any, batch: Any) -> torch.Tensor:
