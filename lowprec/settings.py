@@ -155,6 +155,11 @@ class Settings:
         return self.objective == "bytes" if self.embeddings is None else self.embeddings
 
     @property
+    def fuses(self) -> bool:
+        """Whether layers that runtimes fuse share a scheme; nothing that reads embeddings in codes fuses any."""
+        return not self.rounds_embeddings
+
+    @property
     def healing_passes(self) -> int:
         """How often healing goes through the calibration text."""
         if self.heal is None:

@@ -53,13 +53,15 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 class Lab:
     """A tiny model, rounded in one scheme, and the KL of a rounding on text that nothing was fitted to."""
 
-    def __init__(self, folder: RunFolder, scheme: str, model: Any, solver: str = "gptq-quick", skip: str = "") -> None:
+    def __init__(
+        self, folder: RunFolder, scheme: str, model: Any, solver: str = "gptq-quick", skip: str = "", fused: bool = True
+    ) -> None:
         decoder = hasattr(model, "lm_head")
         self.forward = decoder_forward if decoder else sentence_forward
         self.outcome: Outcome = Tokens() if decoder else Vector()
         self.by = compare_tokens if decoder else compare_vectors(None)
         self.stream = Stream(model, self.forward, batches(1, 0)[0])
-        self.groups = find_groups(self.stream)[0]
+        self.groups = find_groups(self.stream, fused=fused)[0]
         self.schemes: dict[str, Scheme] = {
             g.name: UNQUANTISED if skip and skip in g.name else resolve(scheme_named(scheme), g.k) for g in self.groups
         }
@@ -391,6 +393,40 @@ def test_a_pass_rounds_with_what_is_known_of_outputs(name: str, folder: RunFolde
     assert {layer for layer in first if len(alone[layer].codes) > ROWS} <= differ
     start = next(g.layers for g in lab.groups if g.block == 0)
     assert not {layer for layer in start if len(alone[layer].codes) <= ROWS} & differ
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-int8-g32"])
+def test_layers_that_no_runtime_fuses_are_rounded_as_if_they_were(tmp_path: Path, scheme: str) -> None:
+    """They read one tensor, so each one's statistics are those of the group that they would form."""
+    found, passes = [], []
+    for fused in (True, False):
+        with RunFolder(tmp_path / str(fused)) as place:
+            lab = Lab(place, scheme, tiny.decoder(), fused=fused)
+            block = lab.stream.module.get_submodule(lab.stream.block_names[0])
+            count: list[int] = []
+            handle = block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+            found.append(lab.compensated())
+            handle.remove()
+            passes.append(len(count))
+    assert found[0].keys() == found[1].keys()
+    for layer, weight in found[0].items():
+        assert torch.equal(weight.codes, found[1][layer].codes), layer
+        assert torch.equal(weight.scale, found[1][layer].scale), layer
+    assert passes[0] == passes[1], "what is read together is gathered in one pass"
+
+
+def test_one_sum_serves_all_that_read_one_tensor(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder(), fused=False)
+    inside = [g for g in lab.groups if g.block == 0]
+    gather = Gather(lab.stream, inside, 1)
+    inputs: dict[int, torch.Tensor] = {}
+    for number, group in enumerate(inside):
+        x = inputs.setdefault(lab.stream.calls[group.layers[0]][0], torch.randn(3, group.k) + number)
+        gather.add(group, x)
+    assert len(gather.hessian) == len(inputs) < len(inside)
+    for group in inside:
+        x = inputs[lab.stream.calls[group.layers[0]][0]]
+        torch.testing.assert_close(gather.statistics(group).hessian, x.T @ x / 3, rtol=1e-4, atol=1e-4)
 
 
 def test_a_heavy_token_shapes_the_hessian(folder: RunFolder) -> None:

@@ -85,6 +85,14 @@ def test_groups_are_what_runtimes_fuse(name: str) -> None:
     assert reasons["model.embed_tokens"] == (tied if stream.module.config.tie_word_embeddings else "embedding")
 
 
+def test_layers_are_groups_of_their_own_where_nothing_fuses_them() -> None:
+    stream = Stream(tiny.decoder("llama"), decoder_forward, tiny.batch(1, 8))
+    groups, _ = find_groups(stream, fused=False)
+    assert [g.role for g in groups if g.block == 0] == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert groups[0].name == "model.layers.0.self_attn.q"
+    assert {layer for g in groups for layer in g.layers} == set(stream.layers)
+
+
 def test_gpt2_conv1d_has_its_width_the_right_way_round() -> None:
     stream = Stream(tiny.decoder("gpt2"), decoder_forward, tiny.batch(1, 8))
     groups, _ = find_groups(stream)

@@ -132,6 +132,8 @@ def test_bytes_as_the_objective_round_embeddings_and_others_do_not() -> None:
     assert not Settings(out=Path("x"), objective="time").rounds_embeddings
     assert Settings(out=Path("x"), objective="time", embeddings=True).rounds_embeddings
     assert not Settings(out=Path("x"), objective="bytes", embeddings=False).rounds_embeddings
+    assert not Settings(out=Path("x"), objective="bytes").fuses, "no runtime that fuses reads tables in codes"
+    assert Settings(out=Path("x"), objective="bytes", embeddings=False).fuses
 
 
 def planned(groups: tuple[Group, ...], head: Group, scheme: str) -> dict[str, Scheme]:

@@ -138,6 +138,7 @@ def _verify(scored: Scored, priced: Priced, mixes: Mixes) -> Verified:
             expected_curve(context.metric.budget, mixes.expected),
             step.report,
             mixes.correction,
+            mixes.pooled,
         )
 
 

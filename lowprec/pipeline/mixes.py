@@ -25,13 +25,15 @@ from lowprec.steps.compensate import Compensation
 from lowprec.steps.correction import Correction
 from lowprec.steps.heal import Healing
 from lowprec.steps.importance import Importance, token_importance
+from lowprec.steps.judge import confidence_of
 from lowprec.steps.learn import Learning
-from lowprec.steps.measure import Run, compare, mean_kl, run_through
+from lowprec.steps.measure import Run, compare, run_through
 from lowprec.steps.metrics import tuning_loss
+from lowprec.steps.pooling import pooled
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import overlay_of
 from lowprec.steps.stream import Overlay
-from lowprec.steps.verify import Measured
+from lowprec.steps.verify import Measured, Round
 
 PLAIN, COMPENSATED, HEALED = "plain", "compensated", "healed"
 # How the files of a mix's groups end: group@(rounding)(digest of the mix); those of calibration end in a format.
@@ -47,14 +49,7 @@ class MeasuredMix:
 
     mix: str
     rounding: str
-    loss: float
-    upper: float
-    kl_nats: float
-
-    @property
-    def measured(self) -> Measured:
-        """Without the name."""
-        return Measured(loss=self.loss, upper=self.upper, kl_nats=self.kl_nats)
+    measured: Measured
 
 
 class Tuning:
@@ -73,9 +68,20 @@ class Tuning:
         reference, metric = self._reference, context.metric
         candidate = run_through(self._prepared.as_stored, tuning.batches, overlay)
         table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
-        judged = sum(held_out.tokens for held_out in self._prepared.held_out)
-        loss, upper = tuning_loss(metric, table, tuning.data, tuning.batches, judged, context.settings.seed)
-        return Measured(loss=loss, upper=upper, kl_nats=mean_kl(table))
+        seed, looks = context.settings.seed, self._prepared.looks
+        return tuning_loss(metric, table, tuning.data, tuning.batches, self._judged, seed, looks)
+
+    def pooled(self, mixes: Sequence[Measured]) -> list[Measured]:
+        """Mixes of one rounding with the bounds that they have by what all of them lost."""
+        settings, budget = self._prepared.context.settings, self._prepared.context.metric.budget
+        confidence = confidence_of(budget, self._prepared.looks)
+        judged = self._judged / max(self._prepared.tuning.data.tokens, 1)
+        return pooled(mixes, judged, confidence, settings.seed)
+
+    @property
+    def _judged(self) -> int:
+        """Tokens that the judge may read."""
+        return sum(held_out.tokens for held_out in self._prepared.held_out)
 
 
 class Mixes:
@@ -103,6 +109,16 @@ class Mixes:
             self._measured[mix] = self._better(schemes)
             self._prepared.context.folder.write_step("measured", tuple(self._measured.values()), self._measured_inputs)
         return self._measured[mix].measured
+
+    def pooled(self, taken: Sequence[Round]) -> list[Round]:
+        """The rounds with the bounds that they have by what all mixes of the same rounding lost."""
+        mixes = [self._measured[_name_of(one.allocation.scheme_of())] for one in taken]
+        bounded: dict[str, Measured] = {}
+        for rounding in {mix.rounding for mix in mixes}:
+            alike = [mix for mix in mixes if mix.rounding == rounding]
+            together = self._tuning.pooled([mix.measured for mix in alike])
+            bounded |= {mix.mix: measured for mix, measured in zip(alike, together, strict=True)}
+        return [dataclasses.replace(one, measured=bounded[mix.mix]) for one, mix in zip(taken, mixes, strict=True)]
 
     @property
     def expected(self) -> str:
@@ -148,12 +164,12 @@ class Mixes:
         if settings.effort.compensated and quantised:
             found.append(self._measure(schemes, COMPENSATED))
         predicted = sum(self._scored.predicted.get(choice, 0.0) for choice in schemes.items())
-        if not found or found[0].kl_nats >= predicted:
+        if not found or found[0].measured.kl_nats >= predicted:
             found.append(self._measure(schemes, PLAIN))
-        best = min(found, key=lambda m: m.upper)
+        best = min(found, key=_bound)
         if settings.healing_passes and quantised:
             found.append(self._measure(schemes, HEALED, best.rounding))
-        chosen = min(found, key=lambda m: m.upper)
+        chosen = min(found, key=_bound)
         if chosen is not found[-1 if settings.healing_passes else 0]:
             self._prepared.context.progress.note(
                 f"the {chosen.rounding} rounding loses least on tuning data and is kept"
@@ -167,8 +183,7 @@ class Mixes:
         else:
             solved = self._rounded(schemes, rounding, start)
             overlay = overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration)
-        loss = self._tuning.measure(overlay)
-        return MeasuredMix(mix=_name_of(schemes), rounding=rounding, **dataclasses.asdict(loss))
+        return MeasuredMix(mix=_name_of(schemes), rounding=rounding, measured=self._tuning.measure(overlay))
 
     def _rounded(
         self, schemes: Mapping[str, str], rounding: str, start: str = COMPENSATED
@@ -267,6 +282,10 @@ class Mixes:
 
 def _schemes(names: Mapping[str, str]) -> dict[str, Scheme]:
     return {group: scheme_named(name) for group, name in names.items()}
+
+
+def _bound(mix: MeasuredMix) -> float:
+    return mix.measured.upper
 
 
 def _name_of(schemes: Mapping[str, str]) -> str:

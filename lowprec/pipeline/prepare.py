@@ -84,6 +84,11 @@ class Prepared:
         return quantising(self.allowed)
 
     @property
+    def looks(self) -> int:
+        """How many looks of the judge are planned."""
+        return max(len(self.held_out), 1)
+
+    @property
     def names(self) -> list[str]:
         """The groups' names, as the model runs."""
         return [group.name for group in self.groups]
@@ -122,7 +127,7 @@ def prepare(context: Context) -> Prepared:
     with context.progress.step("graph"):
         stream = Stream(model.module, model.forward, example(splits), device=settings.calibration_device)
         stored = None if model.original is None else model.dtype
-        groups, unquantised = find_groups(stream, settings.rounds_embeddings, stored)
+        groups, unquantised = find_groups(stream, settings.rounds_embeddings, stored, settings.fuses)
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
         widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}

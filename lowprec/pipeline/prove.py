@@ -53,7 +53,7 @@ def _judge(chosen: Chosen, loaded: Loaded) -> tuple[Judgement, bool]:
             taken,
             context.metric.budget,
             data.source_names,
-            planned_looks=max(len(prepared.held_out), 1),
+            planned_looks=prepared.looks,
             seed=context.settings.seed,
         )
         if not judgement.look_again:

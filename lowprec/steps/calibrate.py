@@ -65,7 +65,7 @@ class StopForward(Exception):
 class Gather:
     """Hooks that sum the Hessians of `groups` while a block runs, over the first `batches` batches.
 
-    Tokens weigh as `importance` says, 1 where it says nothing.
+    Tokens weigh as `importance` says, 1 where it says nothing; groups that read one tensor have one sum then.
     """
 
     def __init__(self, stream: Stream, groups: Sequence[Group], batches: int) -> None:
@@ -112,10 +112,19 @@ class Gather:
             raise ModelError(f"the input of {group.name} holds NaN or infinite values")
         self.amax[group.name] = max(self.amax[group.name], largest)
         self.tokens[group.name] += x.shape[0]
-        if group.name not in self.hessian:
-            self.hessian[group.name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        if (owner := self._summed_by(group)) != group.name:
+            return
+        if owner not in self.hessian:
+            self.hessian[owner] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         with products_of(dtype):
-            self.hessian[group.name].addmm_(self.weighted(group, x).T, x)
+            self.hessian[owner].addmm_(self.weighted(group, x).T, x)
+
+    def _summed_by(self, group: Group) -> str:
+        """The group whose sum is this group's: its own, or that of the first one to read the same tensor."""
+        if group.name in self.importance:
+            return group.name
+        reads = self._stream.calls[group.layers[0]]
+        return next(g.name for g in self.groups if self._stream.calls[g.layers[0]] == reads)
 
     def weighted(self, group: Group, rows: Tensor) -> Tensor:
         """[rows, K], each row times what its token weighs."""
@@ -129,7 +138,7 @@ class Gather:
         return x.reshape(-1, x.shape[-1]).float()
 
     def statistics(self, group: Group) -> LayerStatistics:
-        """Hands over the group's Hessian and forgets it.
+        """The group's Hessian.
 
         Raises:
             ModelError: the group never ran.
@@ -137,7 +146,7 @@ class Gather:
         tokens = self.tokens[group.name]
         if not tokens:
             raise ModelError(f"{group.name} received no input from the calibration data")
-        return LayerStatistics(hessian=self.hessian.pop(group.name).div_(tokens).cpu(), tokens=tokens)
+        return LayerStatistics(hessian=self.hessian[self._summed_by(group)].div(tokens).cpu(), tokens=tokens)
 
 
 def calibrate(

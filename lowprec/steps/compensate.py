@@ -13,6 +13,7 @@ measured in float32 like everything else. A killed pass resumes at the block tha
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -40,9 +41,16 @@ Kept = dict[str, dict[int, Tensor]]
 class _Paired(Gather):
     """Sums the Hessian of one group's input and the drift from the reference's input."""
 
-    def __init__(self, stream: Stream, group: Group, batches: int, reference: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        group: Group,
+        batches: int,
+        reference: Mapping[int, Tensor],
+        importance: Importance,
+    ) -> None:
         super().__init__(stream, [group], batches)
-        self._reference = reference
+        self._reference, self.importance = reference, importance
         self._drift: Tensor | None = None
 
     def add(self, group: Group, x: Tensor) -> None:
@@ -214,17 +222,20 @@ class Compensation:
         """
         latents: dict[str, Tensor] = {}
         by_name = {group.name: group for group in groups}
-        for name in [*kept, *(by_name.keys() - kept.keys())]:
-            group, reference = by_name[name], kept.pop(name, {})
-            if any(layer not in solved for layer in group.layers):
-                statistics = self._gathered(group, reference, place, overlay)
+        names = [*kept, *(by_name.keys() - kept.keys())]
+        for _, alike in itertools.groupby(names, lambda name: self.stream.calls[by_name[name].layers[0]]):
+            together = [by_name[name] for name in alike]
+            references = {g.name: kept.pop(g.name, {}) for g in together}
+            wanted = [g for g in together if any(layer not in solved for layer in g.layers)]
+            gathered = self._gathered(wanted, references, place, overlay)
+            for group, statistics in zip(wanted, gathered, strict=True):
                 statistics = replace(statistics, outputs=tuple(self.outputs(group)))
-                key = self.rounder.key_of(name, self.schemes[name])
+                key = self.rounder.key_of(group.name, self.schemes[group.name])
                 found = self.rounder.solve([(group, key, statistics)])[0]
                 if self.learning is not None:
                     latents |= self.rounder.latents(group, key, statistics, found)
                 solved |= found
-            overlay |= overlay_of([group], self.schemes, solved, self.calibration)
+            overlay |= overlay_of(together, self.schemes, solved, self.calibration)
         return latents
 
     def _learn(
@@ -255,20 +266,31 @@ class Compensation:
             self.folder.write_solved(f"{group.name}@{self.name}", found, self.inputs)
 
     def _gathered(
-        self, group: Group, reference: Mapping[int, Tensor], place: "_Place", overlay: Mapping[str, Override]
-    ) -> LayerStatistics:
-        """Runs the rounded model up to the group's input."""
+        self,
+        groups: Sequence[Group],
+        references: Kept,
+        place: "_Place",
+        overlay: Mapping[str, Override],
+    ) -> list[LayerStatistics]:
+        """Runs the rounded model up to the input of groups that read one tensor."""
+        if not groups:
+            return []
         # The layers are not rounded yet, but what they are given already is.
-        scheme = self.schemes[group.name]
-        given = overrides(group, scheme, self.calibration, dict.fromkeys(group.layers))
-        gather = _Paired(self.stream, group, len(self.batches), reference)
-        gather.importance = self.importance
-        with place.opened({**overlay, **given}), gather.hooks(stop_after=True):
+        given: dict[str, Override] = {}
+        for group in groups:
+            given |= overrides(group, self.schemes[group.name], self.calibration, dict.fromkeys(group.layers))
+        gathers = [
+            _Paired(self.stream, group, len(self.batches), references[group.name], self.importance) for group in groups
+        ]
+        with place.opened({**overlay, **given}), contextlib.ExitStack() as hooks:
+            for gather in gathers:
+                hooks.enter_context(gather.hooks(stop_after=gather is gathers[-1]))
             for position, batch in enumerate(self.batches):
-                gather.position, gather.where = position, self.outcome.positions(batch)
+                for gather in gathers:
+                    gather.position, gather.where = position, self.outcome.positions(batch)
                 with contextlib.suppress(StopForward):
                     place.step(position)
-        return gather.paired()
+        return [gather.paired() for gather in gathers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Finds the groups: which linear layers there are, and which of them a runtime fuses.
 
 Runtimes concatenate layers of one parent module that read the same tensor ({q, k, v}, {gate, up}); so these are found
-by what the trace saw, not by the names that one architecture uses. Everything that is not in a group is listed with
-its bytes and the reason. Where embeddings are to be rounded, a head takes the embedding that shares its weight into
-its group, since the two are stored as one, and an embedding that nothing is tied to is a group of its own.
+by what the trace saw, not by the names that one architecture uses. For a form of weights that no runtime fuses, each
+layer is a group: v stands rounding far worse than q and k, which would all have to have what it needs. Everything that
+is not in a group is listed with its bytes and the reason. Where embeddings are to be rounded, a head takes the
+embedding that shares its weight into its group, since the two are stored as one, and an embedding that nothing is tied
+to is a group of its own.
 """
 
 import torch
@@ -16,18 +18,20 @@ from lowprec.steps.stream import Stream
 
 # Of the model's parameters: smaller embeddings are not worth codes.
 SMALLEST_EMBEDDING = 0.01
+ROLES = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down", "lm_head")
 
 
 def find_groups(
-    stream: Stream, embeddings: bool = False, stored: torch.dtype | None = None
+    stream: Stream, embeddings: bool = False, stored: torch.dtype | None = None, fused: bool = True
 ) -> tuple[tuple[Group, ...], tuple[Unquantised, ...]]:
     """The model's groups in the order in which it runs, and what stays unquantised.
 
     Args:
         embeddings: whether embeddings are rounded as well; else they stay as they are.
         stored: what weights are stored in, for their bytes; None: in the dtype that they have.
+        fused: whether a runtime may fuse layers that read one tensor; else each layer is a group of its own.
     """
-    members: dict[tuple[str, int], list[str]] = {}
+    members: dict[tuple[str, int | str], list[str]] = {}
     refused: dict[str, str] = {}
     for name in stream.layers:
         calls = stream.calls[name]
@@ -35,7 +39,7 @@ def find_groups(
         if reason:
             refused[name] = reason
         else:
-            members.setdefault((name.rpartition(".")[0], calls[0]), []).append(name)
+            members.setdefault((name.rpartition(".")[0], calls[0] if fused else name), []).append(name)
     groups = [_group(parent, layers, stream, embeddings) for (parent, _), layers in members.items()]
     if embeddings:
         groups = [*_embeddings(stream), *groups]
@@ -70,7 +74,7 @@ def _group(parent: str, layers: list[str], stream: Stream, embeddings: bool) -> 
     block = stream.block_of(layers[0])
     inside = parent[len(stream.block_names[block]) :].strip(".") if block is not None else parent
     # "dense" and the like say nothing alone, so such a role carries its parent's name.
-    role = joint if joint in ("qkv", "gate_up", "o", "down", "lm_head") or not inside else f"{inside}.{joint}"
+    role = joint if joint in ROLES or not inside else f"{inside}.{joint}"
     return Group(
         name=f"{parent}.{joint}".strip("."),
         layers=tuple(layers),

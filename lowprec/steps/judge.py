@@ -208,7 +208,7 @@ def judge(
         raise ValueError(f"{len(looks)} looks, {planned_looks} planned")
     if len(set().union(*[set(look.unit.tolist()) for look in looks])) < sum(len(np.unique(x.unit)) for x in looks):
         raise ValueError("looks share units; a second look must be taken at unseen ones")
-    confidence = 1.0 - (1.0 - budget.confidence) / planned_looks
+    confidence = confidence_of(budget, planned_looks)
     for taken in range(1, len(looks) + 1):
         pooled = _pool(looks[:taken])
         loss = _loss_result(pooled, budget, source_names, confidence, taken, resamples, seed)
@@ -223,6 +223,11 @@ def judge(
         loss=loss,
         look_again=verdict == "inconclusive" and len(looks) < planned_looks,
     )
+
+
+def confidence_of(budget: Budget, looks: int) -> float:
+    """Of the bounds at each of so many planned looks."""
+    return 1.0 - (1.0 - budget.confidence) / looks
 
 
 def _pool(looks: Sequence[Looked]) -> Looked:

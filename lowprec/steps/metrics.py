@@ -21,11 +21,11 @@ from lowprec.registry import closest
 from lowprec.steps.data import Splits
 from lowprec.steps.judge import Looked, judge, require_kind
 from lowprec.steps.load import Model
-from lowprec.steps.measure import Compare, compare_tokens, compare_vectors, paired
-from lowprec.steps.scores import PairedValues
+from lowprec.steps.measure import Compare, compare_tokens, compare_vectors, mean_kl, paired
+from lowprec.steps.scores import PairedScores, PairedValues, unit_sums
 from lowprec.steps.tasks import PREFIX, Question, check_above_chance, encode_pair, load_task, paired_answers
 from lowprec.steps.tokens import TokenSet
-from lowprec.steps.verify import Curve
+from lowprec.steps.verify import Curve, Measured
 
 DECODER_METRICS = ("perplexity", "kl", "top1", f"{PREFIX}FILE")
 TUNING_SHARE = 0.4
@@ -193,6 +193,11 @@ def limit_of(budget: Budget) -> float:
     return in_search_unit(budget, budget.limit)
 
 
+def of_likelihood(budget: Budget) -> bool:
+    """Whether the loss is one of log-likelihood per token, so that what is known of those holds."""
+    return budget.metric == "perplexity" and budget.kind == "relative"
+
+
 def text_growth(budget: Budget) -> float:
     """How many times as much text a budget takes as one of USUAL_LIMIT, for noise of the same share of it.
 
@@ -200,7 +205,7 @@ def text_growth(budget: Budget) -> float:
     is in proportion to the budget: noise / limit = sqrt(2 KL / tokens) / limit falls with limit x tokens. Nothing is
     known like that of metrics that are no loss of likelihood.
     """
-    if budget.metric != "perplexity" or budget.kind != "relative":
+    if not of_likelihood(budget):
         return 1.0
     return min(max(USUAL_LIMIT / budget.limit, 1.0), LARGEST_GROWTH)
 
@@ -231,17 +236,30 @@ def shown(budget: Budget, loss: float) -> float:
 
 
 def tuning_loss(
-    metric: Metric, table: Tensor, data: TokenSet, batches: Sequence[Any], judged_tokens: int, seed: int
-) -> tuple[float, float]:
-    """(estimate, upper bound) at the confidence of one look of the judge, in the unit of the search.
+    metric: Metric,
+    table: Tensor,
+    data: TokenSet,
+    batches: Sequence[Any],
+    judged_tokens: int,
+    seed: int,
+    looks: int = 2,
+) -> Measured:
+    """A mix's loss with its upper bound at the confidence of one look of the judge, in the unit of the search.
 
     Args:
         judged_tokens: of held-out text that the judge may look at. Its bound has a noise of its own, so this one is
             widened to that of a prediction: by sqrt(1 + tuning tokens / judged tokens).
+        looks: that the judge has planned.
     """
-    loss = judge([metric.looked(table, data, batches)], metric.budget, data.source_names, seed=seed).loss
+    looked = metric.looked(table, data, batches)
+    loss = judge([looked], metric.budget, data.source_names, planned_looks=looks, seed=seed).loss
     estimate, upper = (in_search_unit(metric.budget, value) for value in (loss.relative, loss.upper))
-    return estimate, estimate + (upper - estimate) * math.sqrt(1.0 + data.tokens / max(judged_tokens, 1))
+    return Measured(
+        loss=estimate,
+        upper=estimate + (upper - estimate) * math.sqrt(1.0 + data.tokens / max(judged_tokens, 1)),
+        kl_nats=mean_kl(table),
+        units=unit_sums(looked) if of_likelihood(metric.budget) and isinstance(looked, PairedScores) else None,
+    )
 
 
 def metric_of(budget: Budget, model: Model, seed: int) -> Metric:

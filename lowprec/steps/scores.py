@@ -65,6 +65,22 @@ class PairedValues:
         return len(self.unit)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitSums:
+    """Sums over each independent unit of a text, [U] each: tokens, what was lost to the reference and KL, in nats."""
+
+    tokens: tuple[float, ...]
+    loss: tuple[float, ...]
+    kl: tuple[float, ...]
+
+
+def unit_sums(scores: PairedScores) -> UnitSums:
+    """The windows of each unit as one."""
+    _, place = np.unique(scores.unit, return_inverse=True)
+    columns = {"tokens": scores.tokens, "loss": scores.loss - scores.loss_reference, "kl": scores.kl}
+    return UnitSums(**{name: tuple(np.bincount(place, column).tolist()) for name, column in columns.items()})
+
+
 def _check(record: Any, names: Sequence[str]) -> None:
     arrays = {name: getattr(record, name) for name in names}
     if len({array.shape for array in arrays.values()}) != 1 or arrays[names[0]].ndim != 1:

@@ -11,7 +11,8 @@ that contradict each other (the mix of less KL lost more: on a small budget the 
 one in their middle, with the curve's p. The next limit solves upper(L) = limit, kept between the largest L that was
 accepted and the smallest that was not. At most `rounds` mixes are measured; the cheapest accepted one wins.
 
-Predicted losses may be corrected by what was measured; then those of the mixes measured before are, too.
+Predicted losses may be corrected by what was measured, and bounds by what all mixes lost (`lowprec.steps.pooling`);
+then those of the mixes measured before are, too.
 
 The mix of no predicted loss is the reference itself: it is within every budget without being measured, and is what is
 left when no other mix is accepted.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowprec.steps.allocate import Allocation, Option, allocate, least_loss
+from lowprec.steps.scores import UnitSums
 
 FIRST_MARGIN = 0.25
 ENOUGH_USED = 0.8
@@ -50,11 +52,15 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A mix's loss on tuning data, in the unit of the limit: estimate and upper bound, and its KL in nats."""
+    """A mix's loss on tuning data, in the unit of the limit: estimate and upper bound, and its KL in nats.
+
+    `units` are what it lost where, if it is loss of likelihood that the limit is about.
+    """
 
     loss: float
     upper: float
     kl_nats: float
+    units: UnitSums | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,10 @@ def _as_they_are(options: Options, taken: Sequence[Round]) -> Options:
     return options
 
 
+def _each_by_itself(taken: Sequence[Round]) -> Sequence[Round]:
+    return taken
+
+
 def verify(
     groups: Sequence[str],
     options: Options,
@@ -104,6 +114,7 @@ def verify(
     curve: Curve,
     progress: Callable[[int, int], None] = lambda done, total: None,
     correct: Callable[[Options, Sequence[Round]], Options] = _as_they_are,
+    pool: Callable[[Sequence[Round]], Sequence[Round]] = _each_by_itself,
 ) -> Verified:
     """Finds the cheapest mix whose measured loss is within `limit`.
 
@@ -114,6 +125,8 @@ def verify(
         rounds: how many mixes may be measured.
         curve: how the loss is expected to rise with KL.
         correct: (options, rounds so far) -> options with losses as the rounds say.
+        pool: rounds so far -> the same with bounds as all of them together say; one that was accepted may turn out
+            not to be, and the other way round.
     """
     cheapest = allocate(groups, options, float("inf")).cost
     allowed = curve.kl_nats((1.0 - FIRST_MARGIN) * limit)
@@ -136,7 +149,7 @@ def verify(
         progress(number + 1, rounds)
         corrected = correct(options, taken)
         least = least_loss(groups, corrected)
-        taken = [_rescored(one, corrected) for one in taken]
+        taken = [_rescored(one, corrected) for one in pool(taken)]
         last = taken[-1]
         if last.accepted(limit) and (allocation.cost <= cheapest or last.measured.upper >= ENOUGH_USED * limit):
             break
