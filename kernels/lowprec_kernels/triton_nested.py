@@ -3,7 +3,7 @@
 The base is an ordinary INT4 weight and gives level 4 bit for bit; level 8 reads the residual as well. A level is a
 variant of the kernel, compiled once; pointers are the same, so changing it moves nothing.
 
-Left out: quantised activations; steps of the finer level other than an eighth.
+Left out: quantised activations.
 """
 
 import torch
@@ -19,14 +19,21 @@ def _narrow(config: Config) -> bool:
     return config.block_n * config.block_m <= 1024 * config.warps
 
 
+def _shallow(config: Config) -> bool:
+    return config.stages < 6
+
+
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
     step = step_of(group_size)
 
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
-        # Two planes of each kind take twice the registers: long steps and wide tiles would spill with more rows.
-        return [c for c in found if level == 4 or c.block_m <= 16 or (c.block_k <= step and _narrow(c))]
+        # Two planes of each kind, and the ratios, take twice the registers: trips of several steps would spill, and so
+        # would deep pipelines, and wide tiles with more rows.
+        return [
+            c for c in found if level == 4 or (c.block_k <= step and (_shallow(c) if c.block_m <= 16 else _narrow(c)))
+        ]
 
     return Family(name=base.name, candidates=candidates, bytes_x=base.bytes_x, bytes_w=base.bytes_w)
 
@@ -40,13 +47,15 @@ def nested_gemm(
     w_base: Tensor,
     w_residual: Tensor,
     w_scale: Tensor,
+    w_ratio: Tensor,
     w_zero: Tensor | None,
     bias: Tensor | None,
     group_size: int,
     level: int,
     config: Config | None = None,
 ) -> Tensor:
-    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, [N, K/G], [N, K/G]?, [N]? -> [M, N].
+    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, three of [N, K/G], of which
+    the last may be None, [N]? -> [M, N].
 
     Raises:
         ValueError: `level` is neither 4 nor 8, the group size or the dtype of x is none that the kernels take.
@@ -72,4 +81,5 @@ def nested_gemm(
         x.dtype,
         config,
         residual,
+        w_ratio if level == 8 else None,
     )
