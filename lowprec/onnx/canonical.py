@@ -16,7 +16,7 @@ Rows of two widths (`lowprec.formats.rows`) are two such products, put into the 
 Source: onnx.ai/onnx/operators/onnx__DequantizeLinear.html (opset 21).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from lowprec.errors import UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.asymmetric import offset_codes
 from lowprec.formats.rows import MixedRows
-from lowprec.onnx.graph import Graph
+from lowprec.onnx.graph import Graph, lazy_constant
 
 UINT4_OFFSET = 8
 """From the signed codes that `offset_codes` gives to UINT4."""
@@ -143,7 +143,7 @@ def _product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight) 
     rows, fine, coarse = fmt.split(weight)
     parts = [_product(graph, x, f"{layer}.{name}", part) for name, part in (("fine", fine), ("coarse", coarse))]
     order = torch.cat([rows.nonzero().flatten(), (~rows).nonzero().flatten()])
-    place = _initializer(graph, f"{layer}.place", ir.DataType.INT64, order.shape, lambda: torch.argsort(order).numpy())
+    place = lazy_constant(graph, f"{layer}.place", ir.DataType.INT64, order.shape, lambda: torch.argsort(order).numpy())
     joined = ir.node("Concat", [part[-1].outputs[0] for part in parts], {"axis": -1})
     return [*parts[0], *parts[1], joined, ir.node("Gather", [joined.outputs[0], place], {"axis": -1})]
 
@@ -162,13 +162,13 @@ def dequantised(graph: ir.Graph, layer: str, weight: QuantizedWeight) -> ir.Node
     kind, zero = onnx_type(weight.format), not WEIGHT_FORMATS[weight.format].symmetric
     scales = (groups, n) if grouped else (n,)
     parts = [
-        _initializer(graph, f"{layer}.codes", kind, (k, n), lambda: _codes(weight, kind)),
-        _initializer(
+        lazy_constant(graph, f"{layer}.codes", kind, (k, n), lambda: _codes(weight, kind)),
+        lazy_constant(
             graph, f"{layer}.scale", ir.DataType.FLOAT, scales, lambda: _across(weight.scale.float()).reshape(scales)
         ),
     ]
     if zero:
-        parts.append(_initializer(graph, f"{layer}.zero_point", kind, scales, lambda: _zeros(weight, kind)))
+        parts.append(lazy_constant(graph, f"{layer}.zero_point", kind, scales, lambda: _zeros(weight, kind)))
     attributes = {"axis": 0, "block_size": k // groups} if grouped else {"axis": 1}
     made = ir.node("DequantizeLinear", parts, attributes)
     made.outputs[0].name = f"{layer}.dequantized"
@@ -204,13 +204,3 @@ def _zeros(weight: QuantizedWeight, kind: ir.DataType) -> np.ndarray[Any, Any]:
 
 def _across(rows: Tensor) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(rows.numpy().T)
-
-
-def _initializer(
-    graph: ir.Graph, name: str, kind: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray[Any, Any]]
-) -> ir.Value:
-    """A constant that is made when it is written, so that one at a time is in memory."""
-    tensor = ir.LazyTensor(lambda: ir.Tensor(make(), dtype=kind, name=name), dtype=kind, shape=ir.Shape(shape))
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
-    graph.register_initializer(value)
-    return value

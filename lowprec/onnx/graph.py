@@ -16,10 +16,11 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -122,6 +123,16 @@ def tidy(graph: Graph) -> None:
     """Folds constants and removes what nothing reads, in place; codes stay codes, and paths of this machine go."""
     optimize_ir(graph.model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
     ClearMetadataAndDocStringPass()(graph.model)
+
+
+def lazy_constant(
+    graph: ir.Graph, name: str, kind: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray[Any, Any]]
+) -> ir.Value:
+    """A constant that is made when it is written, so that one at a time is in memory."""
+    tensor = ir.LazyTensor(lambda: ir.Tensor(make(), dtype=kind, name=name), dtype=kind, shape=ir.Shape(shape))
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _decoder_graph(model: Any) -> Graph:
