@@ -8,7 +8,7 @@
 | int4-asym  | 4    | codes from the smallest of the group | as they are           | [N, ceil(K/G/2)], even low |
 | int8       | 8    | codes + 128                          | the row's, repeated   | none: 128                  |
 
-INT8 rows of one scale take any G that the operator has, exactly. Where G does not divide K the last block ends in zeros.
+INT8 rows of one scale take any G that the operator has, exactly. Where G does not divide K the last block ends in 0.
 What x is rounded to is the accuracy level: at 1 it stays in float32; at 4 each block of G of its values is rounded to
 INT8, by its absolute maximum / 127, which is another scheme. At level 1 onnxruntime has no kernel for 8 bits: it writes
 the whole weight out in float32 at every call.
@@ -104,7 +104,10 @@ def matmul_nbits(
 
 
 def packed(graph: ir.Graph, layer: str, weight: QuantizedWeight) -> list[ir.Value]:
-    """B, scales and, of formats that have them, zero points of a weight, as constants of the graph."""
+    """B, scales and, of formats that have them, zero points of a weight, as constants of the graph.
+
+    Asked again for a layer, they are those that the graph has.
+    """
     blocks, (n, k) = blocks_of(weight.format), weight.codes.shape
     count = -(-k // blocks.size)
     kinds = ir.DataType.UINT8, ir.DataType.FLOAT
@@ -112,7 +115,7 @@ def packed(graph: ir.Graph, layer: str, weight: QuantizedWeight) -> list[ir.Valu
         lazy_constant(
             graph, f"{layer}.codes", kinds[0], (n, count, blocks.size * blocks.bits // 8), lambda: _codes(weight)
         ),
-        lazy_constant(graph, f"{layer}.scale", kinds[1], (n, count), lambda: _scales(weight)),
+        lazy_constant(graph, f"{layer}.scale", kinds[1], (n, count), lambda: scales(weight)),
     ]
     if blocks.zeros:
         made.append(lazy_constant(graph, f"{layer}.zero_point", kinds[0], (n, -(-count // 2)), lambda: _zeros(weight)))
@@ -136,14 +139,20 @@ def _codes(weight: QuantizedWeight) -> np.ndarray[Any, Any]:
     return _bytes(offset.to(torch.uint8), blocks.bits).reshape(n, -1, blocks.size * blocks.bits // 8).numpy()
 
 
-def _scales(weight: QuantizedWeight) -> np.ndarray[Any, Any]:
+def scales(weight: QuantizedWeight) -> np.ndarray[Any, Any]:
+    """[N, ceil(K / G)] float32."""
     blocks, (n, k) = blocks_of(weight.format), weight.codes.shape
     return weight.scale.float().expand(n, -(-k // blocks.size)).contiguous().numpy()
 
 
+def zero_points(weight: QuantizedWeight) -> np.ndarray[Any, Any]:
+    """[N, K / G] uint8, a byte for each, of a format that has them."""
+    return (offset_codes(weight)[1] + 8).to(torch.uint8).numpy()
+
+
 def _zeros(weight: QuantizedWeight) -> np.ndarray[Any, Any]:
-    zeros = offset_codes(weight)[1] + 8
-    return _bytes(pad(zeros, (0, zeros.shape[1] % 2)).to(torch.uint8), 4).numpy()
+    zeros = torch.from_numpy(zero_points(weight))
+    return _bytes(pad(zeros, (0, zeros.shape[1] % 2)), 4).numpy()
 
 
 def _bytes(codes: Tensor, bits: int) -> Tensor:
