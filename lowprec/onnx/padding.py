@@ -7,7 +7,7 @@ those in the cache, and wants the real ones first. So the tokens at hand are mov
                   number of real tokens + padding before t     if it is padding
 
 and their last hidden states are moved back before the head. Padding never enters the cache: its rows hold the real
-tokens of a row side by side, whatever side the padding stood on and however the text was cut. A position is a place then.
+tokens of a row side by side, on whatever side padding stood and however the text was cut. Positions are places.
 
 A row without a real token so far has one that is overwritten later: the operator wants at least one.
 
