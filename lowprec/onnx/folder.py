@@ -6,7 +6,7 @@
 
 Metadata of the model (all text): lowprec.version, .opset, .kind; .schemes (JSON, layer -> scheme) and .plan (its
 digest); .artefact (SHA-256 of the artefact's digests.json) and .model, .source_revision (weights digest) as far as they
-are known; .notes (JSON, what this form does otherwise than the artefact).
+are known; .notes (JSON, what this form does otherwise than the artefact); .positions (of decoders for onnxruntime).
 """
 
 import contextlib
@@ -161,6 +161,7 @@ class _Formed:
         notes: what it does otherwise than the artefact.
         rounds: whether it rounds inputs, so that it must be made exact to be compared.
         shared: whether a decoder's old and new cache may be one buffer; None where no form asks for it.
+        positions: how many tokens a sequence may have, where the form says.
     """
 
     graph: Graph
@@ -168,6 +169,7 @@ class _Formed:
     notes: tuple[str, ...]
     rounds: bool = False
     shared: bool | None = None
+    positions: int | None = None
 
 
 def _canonical(graph: Graph, source: _Source) -> _Formed:
@@ -186,6 +188,7 @@ def _for_runtime(graph: Graph, source: _Source, accuracy: str) -> _Formed:
         notes=notes,
         rounds=FAST in levels.values(),
         shared=made.plain_attention is None,
+        positions=made.positions,
     )
 
 
@@ -199,6 +202,8 @@ def _fill(
     formed = form(graph_of(source.module, inputs), source)
     graph, file = formed.graph, folder / MODEL
     graph.model.metadata_props.update(_metadata(source, graph.kind, formed.notes))
+    if formed.positions is not None:
+        graph.model.metadata_props["lowprec.positions"] = str(formed.positions)
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
     graph.model.graph.name = type(source.module).__name__
     ir.save(graph.model, file, external_data=DATA)
