@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from lowprec.onnx.matching import Array
-from lowprec.onnx.padding import KEEP
+from lowprec.onnx import KEEP
+from lowprec.onnx.sampling import Array
 
 
 class Run:

@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lowprec.onnx import KEEP
 from lowprec.onnx.graph import Graph, constant, stored
 from lowprec.onnx.matching import Mismatch, only_reader
 
-KEEP = "logits_to_keep"
 HEADS = ("MatMul", "MatMulNBits", "Gemm")
 END = (1 << 63) - 1
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.onnx import RUNTIME_NEEDED
 from lowprec.onnx.binding import Run
-from lowprec.onnx.matching import Array
-from lowprec.onnx.sampling import Sampler
+from lowprec.onnx.sampling import Array, Sampler
 
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
 MODEL = "model.onnx"
