@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.onnx.binding import Run
-from lowprec.onnx.folder import MODEL
-from lowprec.onnx.session import open_session, run_session
+from lowprec.onnx.session import MODEL, open_session, run_session
 
 ROOM = 256
 
