@@ -23,6 +23,7 @@ from lowprec.api import optimize
 from lowprec.artifacts.digests import verify_digests, write_digests
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, scheme_named
+from lowprec.onnx import layers
 from lowprec.onnx.forms import product_of, refuses
 from lowprec.onnx.layers import layer_model, random_weight, run_layer, saturates
 from lowprec.onnx.module import OnnxModule
@@ -138,6 +139,25 @@ def test_other_devices_and_other_modules_are_refused(tmp_path: Path) -> None:
     model = lowprec.wrap(torch.nn.Linear(8, 8), lambda module, batch: module(batch), tokenizer=tiny.tokenizer())
     with pytest.raises(UnsupportedError, match="whole models of transformers"):
         optimize(model, out=tmp_path, target="onnxruntime", budget="0.1 abs")
+
+
+@pytest.mark.parametrize("name", ["bf16", "w8a8-int8", "w4a8-block-g32"])
+def test_every_copy_that_is_timed_is_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, made = scheme_named(name), []
+    original = layers.open_layers
+
+    def opened(model: Any, threads: int) -> Any:
+        made.append(tmp_path / f"{len(made)}.onnx")
+        return original(model, threads, made[-1])
+
+    monkeypatch.setattr(layers, "open_layers", opened)
+    monkeypatch.setattr(layers, "copies_for", lambda size: 3)
+    OnnxRuntimeTarget(seconds_per_sample=0.0).time([(16, 64)], [scheme], [2])
+    graph = onnx.load(made[0], load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    product = {"bf16": "MatMul", "w8a8-int8": "MatMulIntegerToFloat"}.get(name, "MatMulNBits")
+    assert kinds.count(product) == 3
+    assert kinds.count("QuantizeLinear") == (3 if name == "w8a8-int8" else 0)
 
 
 def test_products_of_one_input_are_valid_onnx(tmp_path: Path) -> None:

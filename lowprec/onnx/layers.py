@@ -1,10 +1,12 @@
 """Single layers in sessions of their own: to time products of onnxruntime, and to see what they compute.
 
-The graph of a candidate has `copies` products of one input, each with a weight of its own, and every run goes through
+The graph of a candidate has `copies` products, each with an input and a weight of its own, and every run goes through
 all of them. So weights are cold when the copies of all candidates together are four times the last-level cache, the
 cost of entering a session is spread, and that of entering a node is part of a product's time, as it is in a model.
+Inputs and weights must differ: onnxruntime makes one of equal nodes, and equal tensors are stored once.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -31,14 +33,15 @@ MOST_COPIES = 128
 
 
 def layer_model(product: Product | None, weights: Sequence[Weight]) -> ir.Model:
-    """A graph of one product for each weight [N, K], of one input x [rows, K]; outputs y0, y1, ... [rows, N].
+    """A graph of one product for each weight [N, K]: inputs x0, x1, ... [rows, K], outputs y0, y1, ... [rows, N].
 
     Dense weights, which need no `product`, are multiplied with in float32.
     """
-    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape(("rows", _size(weights[0])[1])))
-    graph = ir.Graph([x], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="layer")
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="layer")
     for number, weight in enumerate(weights):
         name = f"layer{number}"
+        x = ir.Value(name=f"x{number}", type=FLOAT, shape=ir.Shape(("rows", _size(weight)[1])))
+        graph.inputs.append(x)
         if isinstance(weight, Tensor):
             nodes = [_dense(graph, x, name, weight)]
         else:
@@ -63,9 +66,15 @@ def _dense(graph: ir.Graph, x: ir.Value, name: str, weight: Tensor) -> ir.Node:
     return ir.node("MatMul", [x, value])
 
 
-def open_layers(model: ir.Model, threads: int) -> Any:
-    """An onnxruntime session of a graph in memory; threads do not wait actively between its runs."""
+def open_layers(model: ir.Model, threads: int, optimised: Path | None = None) -> Any:
+    """An onnxruntime session of a graph in memory; threads do not wait actively between its runs.
+
+    Args:
+        optimised: where the graph is written that onnxruntime makes of it.
+    """
     options = onnxruntime.SessionOptions()
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Those of one session would take the cores from the next one.
@@ -79,7 +88,7 @@ def open_layers(model: ir.Model, threads: int) -> Any:
 
 def run_layer(product: Product, weight: QuantizedWeight, x: Tensor) -> Tensor:
     """What onnxruntime makes of x [M, K] and a weight [N, K]: [M, N]."""
-    (y,) = open_layers(layer_model(product, [weight]), threads=1).run(None, {"x": x.numpy()})
+    (y,) = open_layers(layer_model(product, [weight]), threads=1).run(None, {"x0": x.numpy()})
     return torch.from_numpy(y)
 
 
@@ -126,16 +135,18 @@ def _bytes(made: tuple[Product, str] | None, n: int, k: int) -> float:
 
 def _session(made: tuple[Product, str] | None, n: int, k: int, copies: int, threads: int) -> Any:
     if made is None:
-        weight: Weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
-        return open_layers(layer_model(None, [weight] * copies), threads)
-    return open_layers(layer_model(made[0], [random_weight(made[1], n, k)] * copies), threads)
+        dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+        return open_layers(layer_model(None, [dense.roll(number) for number in range(copies)]), threads)
+    weight = random_weight(made[1], n, k)
+    copied = [dataclasses.replace(weight, codes=weight.codes.roll(number)) for number in range(copies)]
+    return open_layers(layer_model(made[0], copied), threads)
 
 
 def _bound(session: Any, x: "np.ndarray[Any, Any]", n: int, copies: int) -> Callable[[int], object]:
     """A run with input and outputs in place, so that nothing but the products is timed."""
     binding = session.io_binding()
-    binding.bind_cpu_input("x", x)
     for number in range(copies):
+        binding.bind_cpu_input(f"x{number}", x)
         room = onnxruntime.OrtValue.ortvalue_from_shape_and_type([len(x), n], np.float32)
         binding.bind_ortvalue_output(f"y{number}", room)
     return lambda _: session.run_with_iobinding(binding)
