@@ -56,7 +56,7 @@ def optimize(
     rotate: bool = False,
     heal: bool | None = None,
     embeddings: bool | None = None,
-    schemes: Sequence[str] = ("fp8", "int8", "int4"),
+    schemes: Sequence[str] = (),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
     calibration_device: str = "cpu",
@@ -78,7 +78,7 @@ def optimize(
             but a head that was tied to the embedding gets a weight of its own.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
-        schemes: families or names of schemes that may be chosen; bf16 always may.
+        schemes: families or names of schemes that may be chosen, none for what the target offers; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
     Returns:
@@ -91,8 +91,8 @@ def optimize(
     # What is asked for is checked before anything heavy begins.
     if not isinstance(budget, Budget):
         parse_budget(budget)
-    target_for(target, None if device == "cpu" else device)
-    schemes_named(schemes)
+    offered = target_for(target, None if device == "cpu" else device).schemes
+    schemes_named(schemes or offered)
     if objective == "dollars":
         price_of(device, dollars_per_hour)
     asked = Settings(
@@ -139,6 +139,8 @@ def begin(
         LowprecError: bad input, a folder that is in use, a model that cannot be turned and should be, or a run that
             would not fit into memory or onto the disk.
     """
+    # A target that is not there is found before a model is loaded for it.
+    target_for(settings.target, None if settings.device == "cpu" else settings.device)
     with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
 
         def look(module: nn.Module) -> None:

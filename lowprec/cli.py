@@ -57,7 +57,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an earlier one is resumed.")] = Path(
         "lowprec-out"
     ),
-    target: Annotated[str, typer.Option(help="Runtime that the plan is made for.")] = "torch",
+    target: Annotated[str, typer.Option(help="Runtime that the plan is made for: torch or onnxruntime.")] = "torch",
     device: Annotated[str, typer.Option(help="cpu, cuda, or a device to plan for: h100, h200, a100, ...")] = "cpu",
     objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
     metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
@@ -82,7 +82,9 @@ def calibrate(
             "Left out: when bytes are the objective."
         ),
     ] = None,
-    schemes: Annotated[str, typer.Option(help="Families or schemes that may be chosen.")] = "fp8,int8,int4",
+    schemes: Annotated[
+        str, typer.Option(help="Families or schemes that may be chosen; left out: what the target offers.")
+    ] = "",
     data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
     batch: Annotated[int, typer.Option(help="Workload: sequences at a time.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Workload: tokens of a prompt.")] = 512,

@@ -19,8 +19,9 @@ SCHEMA_VERSION = 1
 Origin = Literal["measured", "modelled"]
 Verdict = Literal["within", "over", "inconclusive"]
 Objective = Literal["time", "bytes", "dollars"]
-ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers"]
-"""What an artefact's folder holds; the last is quantised layers alone, for a module that the user has."""
+ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers", "onnxruntime"]
+"""What a folder holds: "lowprec-layers" are quantised layers alone, for a module that the user has; "onnxruntime" is
+what that runtime loads, made from an artefact of another form."""
 R = TypeVar("R")
 
 
@@ -93,6 +94,15 @@ class CostSample:
     p80_us: float
     bytes: int
     origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """A model in the files of a runtime: their bytes, what it does otherwise, and a digest of graph and weights."""
+
+    weight_bytes: int
+    notes: tuple[str, ...]
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,8 +75,9 @@ REUSED = "The held-out data had been read by an earlier run on this folder: indi
 class ParityResult:
     """Is what was loaded what was scored? `max_layer_error` is relative to the layer's tolerance.
 
-    KLs are from the scored model to: the artefact as loaded for the verdict (`kl_nats`), itself computed in bfloat16
-    (`noise_kl_nats`), the artefact in our runtime, and in plain transformers (None where that cannot load it).
+    KLs are from the scored model to: the artefact as loaded in torch (`kl_nats`), itself computed in bfloat16
+    (`noise_kl_nats`), the artefact in the target's runtime, and in plain transformers (None where that cannot load it).
+    `token_match`: of the tokens that a runtime of its own generates, the share that the scored model would have given.
     """
 
     codes_equal: bool
@@ -85,6 +86,7 @@ class ParityResult:
     noise_kl_nats: float
     runtime_kl_nats: float
     plain_kl_nats: float | None
+    token_match: float | None = None
 
     @property
     def holds(self) -> bool:

@@ -104,7 +104,7 @@ class Settings:
     """Everything that a run is told, beside the model.
 
     Attributes:
-        schemes: names of schemes or families that may be chosen; bf16 always may.
+        schemes: names of schemes or families that may be chosen, none for what the target offers; bf16 always may.
         data: files, dataset names or built-in sources; empty for the offline default.
         device: what the cost is for: "cpu", "cuda", or a device to plan for such as "h100".
         dollars_per_hour: price of that device, None for its list price.
@@ -125,7 +125,7 @@ class Settings:
     objective: Objective = "time"
     workload: Workload = field(default_factory=Workload)
     effort: Effort = EFFORTS["fast"]
-    schemes: tuple[str, ...] = ("fp8", "int8", "int4")
+    schemes: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     dollars_per_hour: float | None = None
     calibration_device: str = "cpu"

@@ -30,14 +30,14 @@ from lowprec.artifacts.source import (
     finite_tensors,
 )
 from lowprec.errors import ArtifactError, LowprecError, ModelError, UnsupportedError
-from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, for_tables
+from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, for_tables, per_block
 from lowprec.records import Budget, PrecisionPlan, Scheme, Workload
 from lowprec.results import CostResult, LossResult, SchemeShare, SourceLoss
 
 STORED = sorted(
     name
     for name, s in SCHEMES.items()
-    if s.weight in WEIGHT_FORMATS and WEIGHT_FORMATS[s.weight].symmetric and not for_tables(s)
+    if s.weight in WEIGHT_FORMATS and WEIGHT_FORMATS[s.weight].symmetric and not for_tables(s) and not per_block(s)
 )
 INPUT_SCALE = 0.03125
 Q, K, V, O = (f"model.layers.0.self_attn.{x}_proj" for x in "qkvo")  # noqa: E741
@@ -326,6 +326,7 @@ def violations() -> dict[str, tuple[dict[str, Any], str]]:
             "Embedding is not nn.Linear",
         ),
         "rows of two widths": ({**int8, "schemes": {DOWN: SCHEMES["w4a16-g64-rows25"]}}, "one width for a tensor"),
+        "inputs in blocks": ({**int8, "schemes": {DOWN: SCHEMES["w4a8-block-g64"]}}, "rounds inputs block by block"),
         "an unresolved scheme": ({**int8, "schemes": {DOWN: SCHEMES["w4a16"]}}, "no group size yet"),
     }
 

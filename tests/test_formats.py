@@ -252,7 +252,7 @@ def test_scheme_names_registered_formats(name: str) -> None:
 
 @pytest.mark.parametrize(("k", "size"), [(1024, 128), (576, 64), (96, 32)])
 def test_group_size_is_the_largest_that_divides(k: int, size: int) -> None:
-    for prefix in ("w4a16", "w4a8-int8", "w4a8-fp8", "w3a16"):
+    for prefix in ("w4a16", "w4a8-int8", "w4a8-fp8", "w4a8-block", "w3a16"):
         assert resolve(scheme_named(prefix), k) == scheme_named(f"{prefix}-g{size}")
     assert resolve(scheme_named("w4a16-asym"), k) == scheme_named(f"w4a16-g{size}-asym")
 
@@ -269,10 +269,10 @@ def test_families() -> None:
     names = {family: [s.name for s in schemes_of_family(family)] for family in FAMILIES}
     assert names["bf16"] == ["bf16"]
     assert names["fp8"] == ["w8a8-fp8"]
-    assert sorted(names["int8"]) == ["w8a16", "w8a8-int8"]
+    assert sorted(names["int8"]) == ["w8a16", "w8a8-block", "w8a8-int8"]
     rows = [f"w4a16-rows{percent}" for percent in (12, 25, 50, 6)]
-    assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-fp8", "w4a8-int8"]
-    assert names["int4-asym"] == ["w4a16-asym"]
+    assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-block", "w4a8-fp8", "w4a8-int8"]
+    assert sorted(names["int4-asym"]) == ["w4a16-asym", "w4a8-block-asym"]
     assert names["int3"] == ["w3a16"]
     assert {s.family for s in SCHEMES.values()} == set(names)
 

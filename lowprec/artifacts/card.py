@@ -29,6 +29,8 @@ LOADING: dict[ArtefactForm, str] = {
     "memory and run lowprec's kernels: lowprec.apply_artefact(model, folder, runtime=True).",
     "lowprec-layers": "With lowprec, into the module that was optimised, with its own weights; other libraries do not "
     "know this form. runtime=True keeps the codes packed in memory and runs lowprec's kernels.",
+    "onnxruntime": "With onnxruntime on a CPU: model.onnx rounds inputs as each layer was scored, whatever a session "
+    "is told. With its extra onnx, lowprec calls it as transformers' models are called.",
 }
 """How each form is loaded, in words; `load_snippet` has the code."""
 
@@ -45,6 +47,14 @@ def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
     auto = "AutoModelForCausalLM" if decoder else "AutoModel"
     if form == "lowprec":
         return f"import lowprec\n\nfolder = {folder}\nmodel, tokenizer = lowprec.load_artefact(folder)"
+    if form == "onnxruntime":
+        return (
+            "from pathlib import Path\n\nfrom transformers import AutoTokenizer\n\n"
+            "from lowprec.targets import target_for\n\n"
+            f"folder = {folder}\n"
+            'model = target_for("onnxruntime").load(Path(folder), room=256)\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        )
     if form == "lowprec-layers":
         return f"import lowprec\n\nfolder = {folder}\nlowprec.apply_artefact(module, folder)"
     return (
@@ -57,7 +67,8 @@ def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
 
 def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool, form: ArtefactForm) -> str:
     standard = form == "compressed-tensors"
-    lines = ["---", f"library_name: {'transformers' if standard else 'lowprec'}"]
+    library = {"compressed-tensors": "transformers", "onnxruntime": "onnx"}.get(form, "lowprec")
+    lines = ["---", f"library_name: {library}"]
     # A local folder is no name on the hub, and the hub would take it for one.
     if HUB_NAME.fullmatch(plan.model) and not plan.model.startswith(".") and not Path(plan.model).exists():
         lines += [f"base_model: {plan.model}", "base_model_relation: quantized"]
@@ -65,7 +76,7 @@ def _front_matter(plan: PrecisionPlan, licence: str | None, decoder: bool, form:
         lines.append(f"license: {licence}")
     lines.append(f"pipeline_tag: {'text-generation' if decoder else 'feature-extraction'}")
     lines += [f"quantization: {'compressed-tensors' if standard else 'lowprec'}", "tags:"]
-    kinds = ("lowprec", "compressed-tensors") if standard else ("lowprec",)
+    kinds = ("lowprec",) if form.startswith("lowprec") else ("lowprec", "onnx" if form == "onnxruntime" else form)
     lines += [f"- {tag}" for tag in (*kinds, "mixed-precision", "quantized")]
     return "\n".join([*lines, "---"])
 

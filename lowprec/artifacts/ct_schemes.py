@@ -21,7 +21,7 @@ from typing import Any, Final
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from lowprec.formats.schemes import ASYMMETRIC, for_tables
+from lowprec.formats.schemes import ASYMMETRIC, for_tables, per_block
 from lowprec.records import Scheme
 
 MIXED: Final = "mixed-precision"
@@ -40,6 +40,9 @@ FUSED_SUFFIXES: tuple[tuple[str, ...], ...] = (
 def storage_format(scheme: Scheme) -> str:
     """The compressed-tensors `format` that `scheme` is stored in."""
     if scheme.activation is None or (scheme.family == "int4" and scheme.activation.startswith("fp8")):
+        return PACKED
+    if per_block(scheme):
+        # No checkpoint holds it, but a byte for a 4-bit code is what vLLM alone asks for.
         return PACKED
     return "float-quantized" if scheme.weight == "fp8" else "int-quantized"
 
@@ -96,6 +99,8 @@ def unsupported(module: Any, scheme: Scheme) -> str | None:
         return f"{name} is not nn.Linear, and a loader of compressed-tensors would leave it with random weights"
     if for_tables(scheme):
         return f"{scheme.name} has rows of two widths, and compressed-tensors knows one width for a tensor"
+    if per_block(scheme):
+        return f"{scheme.name} rounds inputs block by block, which no runtime that reads compressed-tensors does"
     if scheme.weight.endswith(ASYMMETRIC):
         # Seen with transformers 5.24 and compressed-tensors 0.20: `from_pretrained` ends in a size mismatch.
         return (

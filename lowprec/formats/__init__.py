@@ -7,7 +7,15 @@ from lowprec.formats.base import (
     QuantizedWeight,
     WeightFormat,
 )
-from lowprec.formats.schemes import SCHEMES, for_tables, resolve, scheme_named, schemes_named, schemes_of_family
+from lowprec.formats.schemes import (
+    SCHEMES,
+    for_tables,
+    per_block,
+    resolve,
+    scheme_named,
+    schemes_named,
+    schemes_of_family,
+)
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -17,6 +25,7 @@ __all__ = [
     "QuantizedWeight",
     "WeightFormat",
     "for_tables",
+    "per_block",
     "resolve",
     "scheme_named",
     "schemes_named",

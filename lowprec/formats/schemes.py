@@ -3,7 +3,8 @@
 A scheme changes the numbers; two kernels that compute the same numbers are forms of one scheme.
 `w4a16`, `w4a8-*` and `w3a16` without a group size mean: the largest of 128, 64, 32 that divides K. `w4a16-asym` is
 INT4 with zero points. `w4a16-rows25` is for tables of a vocabulary alone: INT4 with the 25 % of rows that matter most
-in INT8 (`lowprec.formats.rows`).
+in INT8 (`lowprec.formats.rows`). `w4a8-block` and `w8a8-block` round inputs to INT8 block by block
+(`lowprec.formats.block`): the blocks of INT4 weights are their groups, those of INT8 weights are 128 long.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ GROUP_SIZES = (128, 64, 32)
 ROW_PERCENTS = (6, 12, 25, 50)
 ROWS = "-rows"
 ASYMMETRIC = "-asym"
+BLOCK = "-block"
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -25,6 +27,7 @@ def _schemes() -> dict[str, Scheme]:
         Scheme(name="w8a8-fp8", family="fp8", weight="fp8", activation="fp8-token"),
         Scheme(name="w8a8-int8", family="int8", weight="int8", activation="int8-token"),
         Scheme(name="w8a16", family="int8", weight="int8", activation=None),
+        Scheme(name=f"w8a8{BLOCK}", family="int8", weight="int8", activation=f"int8{BLOCK}{GROUP_SIZES[0]}"),
         Scheme(name="w8a8-fp8-static", family="fp8", weight="fp8", activation="fp8-static"),
         Scheme(name="w8a8-int8-static", family="int8", weight="int8", activation="int8-static"),
     ]
@@ -41,6 +44,10 @@ def _schemes() -> dict[str, Scheme]:
         zero = f"{size}{ASYMMETRIC}"
         found.append(Scheme(name=f"w4a16{zero}", family="int4-asym", weight=f"int4{zero}", activation=None))
         found.append(Scheme(name=f"w3a16{size}", family="int3", weight=f"int3{size}", activation=None))
+        # Without a size it is only a name for the one that fits.
+        blocks = f"int8{BLOCK}{size.removeprefix('-g') or GROUP_SIZES[0]}"
+        found.append(Scheme(name=f"w4a8{BLOCK}{size}", family="int4", weight=f"int4{size}", activation=blocks))
+        found.append(Scheme(name=f"w4a8{BLOCK}{zero}", family="int4-asym", weight=f"int4{zero}", activation=blocks))
     return {scheme.name: scheme for scheme in found}
 
 
@@ -60,6 +67,11 @@ def schemes_of_family(family: str) -> list[Scheme]:
     if family not in families:
         raise ConfigError(f"unknown scheme family {family!r}: {closest(family, families)}")
     return [s for s in SCHEMES.values() if s.family == family and not s.name.endswith("-static") and "-g" not in s.name]
+
+
+def per_block(scheme: Scheme) -> bool:
+    """Whether inputs are rounded block by block, which onnxruntime alone does."""
+    return scheme.activation is not None and BLOCK in scheme.activation
 
 
 def for_tables(scheme: Scheme) -> bool:

@@ -2,7 +2,8 @@
 
 `graph` makes a graph of a model, `canonical` puts codes into the place of its planned weights, `runtime_form` does so
 in the operators of onnxruntime, `folder` writes it, `checks` shows that it computes what the artefact does, `session`
-runs it in onnxruntime. All but this file need the packages of the extra `onnx`.
+runs it in onnxruntime, `module` lets it be called as a model of transformers. `forms` says which operator computes a
+scheme, `layers` times and runs single ones. All but this file need the packages of the extra `onnx`.
 """
 
 import importlib.metadata

@@ -34,7 +34,7 @@ from lowprec.onnx.canonical import Rewritten, to_canonical
 from lowprec.onnx.checks import LONG, check_file, check_outputs
 from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
-from lowprec.onnx.nbits import FAST
+from lowprec.onnx.nbits import EXACT as FLOAT_INPUTS
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
@@ -53,6 +53,7 @@ class OnnxArtefact:
         bytes: of graph and weights.
         largest_error: of its outputs against the artefact's in torch, as a share of the largest.
         notes: what this form does otherwise than the artefact, one sentence each.
+        digest: of graph and weights.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class OnnxArtefact:
     bytes: int
     largest_error: float
     notes: tuple[str, ...]
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,6 +92,13 @@ def write_onnx(
     # Made inside of it, so that a folder that cannot be written is known before the work, and a failure leaves nothing.
     form = _canonical if target == "onnx" else partial(_for_runtime, accuracy=accuracy)
     return write_folder(out, size, lambda folder: _fill(folder, out, loaded, inputs, form))
+
+
+def write_unquantised(module: nn.Module, out: Path) -> OnnxArtefact:
+    """Writes a model of transformers, in float32, as it is, in the form for onnxruntime: what its codes are held to."""
+    source = _Source(path=out, module=module, tokenizer=None, schemes={}, origin={})
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    return write_folder(out, size, lambda folder: _fill(folder, out, source, None, _unquantised))
 
 
 def artefact_of(source: Path) -> Path:
@@ -186,10 +195,16 @@ def _for_runtime(graph: Graph, source: _Source, accuracy: str) -> _Formed:
         graph=made.graph,
         layers=len(made.layers),
         notes=notes,
-        rounds=FAST in levels.values(),
+        rounds=any(level != FLOAT_INPUTS for level in levels.values()),
         shared=made.plain_attention is None,
         positions=made.positions,
     )
+
+
+def _unquantised(graph: Graph, source: _Source) -> _Formed:
+    made = to_runtime(graph, {}, {}, positions_of(source.module))
+    notes, shared = runtime_notes({}, {}, made), made.plain_attention is None
+    return _Formed(graph=made.graph, layers=0, notes=notes, shared=shared)
 
 
 def _fill(
@@ -214,14 +229,16 @@ def _fill(
     check_file(file, out)
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
         error = check_outputs(compared, out, graph.kind, source.module, inputs, _tokens(source))
-    digests.write_digests(folder)
+    written = digests.write_digests(folder)
+    files = [name for name in (MODEL, DATA) if name in written]
     return OnnxArtefact(
         path=out,
         kind=graph.kind,
         layers=formed.layers,
-        bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()),
+        bytes=sum((folder / name).stat().st_size for name in files),
         largest_error=error,
         notes=formed.notes,
+        digest=digest(*(written[name] for name in files)),
     )
 
 

@@ -1,6 +1,6 @@
-"""Planned layers as onnxruntime's own products: MatMulNBits over codes, one for all layers that share input and scheme.
+"""Planned layers as onnxruntime's own products over codes, one for all layers that share input and scheme.
 
-    q, k, v and gate, up  ->  MatMulNBits of all their rows, then Split
+    q, k, v and gate, up  ->  one product of all their rows, then Split
     rows of two widths    ->  two products, put into the order of the rows by Gather
     FP8                   ->  MatMul with the weight in float32: onnxruntime would make it that at every step
 
@@ -10,6 +10,7 @@ One product over more rows starts the threads once and fills both of them, where
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,11 @@ from lowprec.formats.rows import MixedRows
 from lowprec.onnx.graph import Graph, constant, lazy_constant
 from lowprec.onnx.nbits import AccuracyLevel, matmul_nbits, merged, refuses_nbits
 from lowprec.onnx.places import Place, in_two_widths, replace_product
+from lowprec.onnx.token import matmul_token
+
+TOKEN: Literal["token"] = "token"
+Level = AccuracyLevel | Literal["token"]
+"""How a product rounds its inputs: MatMulNBits' accuracy levels, or INT8 by token (`lowprec.onnx.token`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,7 +34,7 @@ class _Part:
     node: ir.Node
     layer: str
     weight: QuantizedWeight
-    level: AccuracyLevel
+    level: Level
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -41,7 +47,7 @@ def to_products(
     graph: Graph,
     solved: Mapping[str, QuantizedWeight],
     places: Mapping[str, Place],
-    levels: Mapping[str, AccuracyLevel],
+    levels: Mapping[str, Level],
 ) -> tuple[str, ...]:
     """Puts codes into the place of the weights of all planned layers, in place.
 
@@ -76,11 +82,11 @@ def _slow(fmt: str) -> bool:
     return not isinstance(WEIGHT_FORMATS[fmt], MixedRows) and refuses_nbits(fmt) is not None
 
 
-def _product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight, level: AccuracyLevel) -> list[ir.Node]:
+def _product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight, level: Level) -> list[ir.Node]:
     """x W^T; the last node has the result."""
     if isinstance(WEIGHT_FORMATS[weight.format], MixedRows):
         return in_two_widths(graph, x, layer, weight, partial(_product, level=level))
-    if refuses_nbits(weight.format):
+    if level != TOKEN and refuses_nbits(weight.format):
         n, k = weight.codes.shape
         across = lazy_constant(
             graph,
@@ -90,6 +96,13 @@ def _product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight, 
             lambda: np.ascontiguousarray(weight.dequantize().numpy().T),
         )
         return [ir.node("MatMul", [x, across], name=layer)]
+    return product_at(graph, x, layer, weight, level)
+
+
+def product_at(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight, level: Level) -> list[ir.Node]:
+    """x W^T of a weight of one width, x rounded as `level` says; the last node has the result."""
+    if level == TOKEN:
+        return matmul_token(graph, x, layer, weight)
     return matmul_nbits(graph, x, layer, weight, level)
 
 
@@ -97,10 +110,9 @@ def _replace_together(graph: ir.Graph, parts: list[_Part]) -> None:
     """One product for layers that share their input, and Split."""
     x = parts[0].node.inputs[0]
     assert x is not None
-    made = matmul_nbits(
-        graph, x, joined_name([p.layer for p in parts]), merged([p.weight for p in parts]), parts[0].level
-    )
-    sizes = constant(graph, f"{made[-1].name}.sizes", [len(p.weight.codes) for p in parts])
+    name = joined_name([p.layer for p in parts])
+    made = product_at(graph, x, name, merged([p.weight for p in parts]), parts[0].level)
+    sizes = constant(graph, f"{name}.sizes", [len(p.weight.codes) for p in parts])
     split = ir.node("Split", [made[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(parts))
     # Where the first stood: the others may not be read before their own places.
     graph.insert_before(parts[0].node, [*made, split])

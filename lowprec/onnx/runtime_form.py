@@ -1,6 +1,6 @@
 """The form for onnxruntime on CPUs: the canonical graph in onnxruntime's own operators, as few as will do.
 
-    planned layers   `products`: MatMulNBits, one for q, k, v and one for gate, up
+    planned layers   `products`: MatMulNBits or, for w8a8-int8, MatMulIntegerToFloat; one for q, k, v, one for gate, up
     embeddings       `tables`: GatherBlockQuantized, codes shared with a tied head
     norms            `norms`: SkipSimplifiedLayerNormalization and its kin
     attention        `attention`: GroupQueryAttention with angles and cache inside, padding taken out by `padding`
@@ -24,17 +24,16 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.activations import fuse_silu
 from lowprec.onnx.attention import LONGEST, to_fused_attention
+from lowprec.onnx.forms import level_of
 from lowprec.onnx.graph import Graph, tidy
 from lowprec.onnx.matching import Mismatch
-from lowprec.onnx.nbits import DOMAIN, EXACT, FAST, AccuracyLevel
+from lowprec.onnx.nbits import DOMAIN, EXACT, FAST
 from lowprec.onnx.norms import find_norms, settle_norms
 from lowprec.onnx.places import find_places
-from lowprec.onnx.products import to_products
+from lowprec.onnx.products import Level, to_products
 from lowprec.onnx.tables import to_coded_tables
+from lowprec.onnx.token import unround
 from lowprec.records import Scheme
-
-PER_BLOCK = "int8-block"
-"""What the names of activation formats that MatMulNBits has begin with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,15 +57,15 @@ class RuntimeForm:
 
 
 def to_runtime(
-    graph: Graph, solved: Mapping[str, QuantizedWeight], levels: Mapping[str, AccuracyLevel], positions: int | None
+    graph: Graph, solved: Mapping[str, QuantizedWeight], levels: Mapping[str, Level], positions: int | None
 ) -> RuntimeForm:
     """Makes a traced graph onnxruntime's.
 
     Args:
         graph: as it was traced; not to be used afterwards.
         solved: layer -> its weight in codes; empty for a graph in float32.
-        levels: layer -> accuracy level.
-        positions: how many tokens a decoder has places for; None where nothing says.
+        levels: layer -> how inputs are rounded.
+        positions: how many tokens a decoder has places for; None: no decoder.
 
     Raises:
         UnsupportedError: planned layers that are not where they should be.
@@ -101,15 +100,11 @@ def _with_attention(graph: Graph, positions: int | None) -> tuple[Graph, str | N
     return made, None
 
 
-def levels_of(schemes: Mapping[str, Scheme], accuracy: str) -> dict[str, AccuracyLevel]:
-    """Layer -> accuracy level: that of its scheme where `accuracy` is "planned", else the same for all."""
+def levels_of(schemes: Mapping[str, Scheme], accuracy: str) -> dict[str, Level]:
+    """Layer -> how inputs are rounded: as in its scheme where `accuracy` is "planned", else the same for all."""
     if accuracy != "planned":
         return dict.fromkeys(schemes, EXACT if accuracy == "exact" else FAST)
-    return {layer: FAST if _per_block(scheme) else EXACT for layer, scheme in schemes.items()}
-
-
-def _per_block(scheme: Scheme) -> bool:
-    return (scheme.activation or "").startswith(PER_BLOCK)
+    return {layer: level_of(scheme) for layer, scheme in schemes.items()}
 
 
 def positions_of(module: nn.Module) -> int | None:
@@ -127,6 +122,7 @@ def exact_twin(file: Path) -> Iterator[Path]:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = EXACT
+    unround(model.graph)
     twin = file.with_name("exact.onnx")
     onnx.save(model, twin)
     try:
@@ -135,14 +131,12 @@ def exact_twin(file: Path) -> Iterator[Path]:
         twin.unlink()
 
 
-def runtime_notes(
-    schemes: Mapping[str, Scheme], levels: Mapping[str, AccuracyLevel], form: RuntimeForm
-) -> tuple[str, ...]:
+def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], form: RuntimeForm) -> tuple[str, ...]:
     """What this form does otherwise than the artefact that was scored, and what in it is slow."""
     notes = []
     fast = [layer for layer in form.layers if levels[layer] == FAST]
     exact = [layer for layer in form.layers if levels[layer] == EXACT]
-    if unscored := sorted({schemes[layer].name for layer in fast if not _per_block(schemes[layer])}):
+    if unscored := sorted({schemes[layer].name for layer in fast if level_of(schemes[layer]) != FAST}):
         notes.append(f"{', '.join(unscored)}: inputs are rounded to INT8 block by block, as they were not when scored")
     kept = {schemes[layer] for layer in (*exact, *form.dense)}
     if rounding := sorted(s.name for s in kept if s.activation is not None):

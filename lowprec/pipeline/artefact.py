@@ -23,9 +23,10 @@ from lowprec.artifacts.probe import make_probe, save_probe
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.choose import Chosen
+from lowprec.pipeline.deploy import deploy, deployed_path, loaded_by
 from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
-from lowprec.records import ArtefactForm
+from lowprec.records import ArtefactForm, Deployed
 from lowprec.results import CostResult, SchemeShare
 from lowprec.runtime.convert import weight_of
 from lowprec.steps.judge import Judgement
@@ -38,22 +39,38 @@ PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Artefact:
-    """What lies on disk: its place, its codes and scales as read back, its size, and runtimes' limits with it."""
+    """What lies on disk: its place, its codes and scales as read back, its size, and runtimes' limits with it.
+
+    Attributes:
+        deployed: the same model in the files of the target's runtime, where that has some of its own.
+    """
 
     path: Path
     form: ArtefactForm
     solved: Mapping[str, QuantizedWeight]
     weight_bytes: int
     notes: tuple[str, ...]
+    deployed: Deployed | None = None
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights that the target's runtime loads."""
+        return self.weight_bytes if self.deployed is None else self.deployed.weight_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loaded:
-    """The artefact, the model that a runtime loaded from it, and what is laid over that to save memory."""
+    """The artefact, the model that a runtime loaded from it, and what is laid over that to save memory.
+
+    Attributes:
+        stream, overlay: the artefact in torch.
+        served: in the target's own runtime, where it has files of its own; else None, and torch is that runtime.
+    """
 
     artefact: Artefact
     stream: Stream
     overlay: Overlay
+    served: nn.Module | None = None
 
 
 class _Scored(nn.Module):
@@ -75,7 +92,7 @@ class _Scored(nn.Module):
 
 
 def export(chosen: Chosen) -> Loaded:
-    """Writes the artefact and loads it back."""
+    """Writes the artefact, and for a target with files of its own those, and loads them back."""
     context = chosen.prepared.context
     model = context.model
     solved: dict[str, Any] = {
@@ -106,7 +123,11 @@ def export(chosen: Chosen) -> Loaded:
         )
         stream = _load(chosen, artefact)
         overlay = _held_as_codes(stream, artefact.solved, tables_of(chosen))
+    if context.runtime is None:
         return Loaded(artefact=artefact, stream=stream, overlay=overlay)
+    artefact = dataclasses.replace(artefact, deployed=deploy(chosen, context.runtime, path))
+    served = loaded_by(chosen, context.runtime, deployed_path(chosen, context.runtime))
+    return Loaded(artefact=artefact, stream=stream, overlay=overlay, served=served)
 
 
 def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
@@ -218,8 +239,10 @@ def bytes_before(chosen: Chosen) -> int:
 
 
 def bytes_unrounded(chosen: Chosen) -> int:
-    """Bytes of an artefact in which nothing is rounded; a turned model's has a table more where the head was tied."""
-    return chosen.prepared.context.model.bytes
+    """Bytes of what is loaded when nothing is rounded; a turned model has a table more where its head was tied."""
+    context = chosen.prepared.context
+    own = context.model.dtype.itemsize
+    return context.model.bytes * context.target.dense_bytes(own) // own
 
 
 def shares(chosen: Chosen) -> tuple[SchemeShare, ...]:
@@ -241,17 +264,30 @@ def finish(
     notes: Sequence[str] = (),
     reused: bool = False,
 ) -> None:
-    """Adds probe set, model card and digests to an artefact; again with the verdict, once there is one."""
+    """Adds probe set, card and digests to an artefact; again with the verdict, once there is one."""
     prepared = chosen.prepared
     model = prepared.context.model
-    decoder = model.kind == "decoder"
-    if decoder and not (folder / "probe.safetensors").exists():
+    if model.kind == "decoder" and not (folder / "probe.safetensors").exists():
         windows = [ids[:PROBE_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROBE_TOKENS]
         if windows:
             scored = _Scored(prepared.as_stored, chosen.overlay)
             save_probe(folder, make_probe(scored, torch.stack(windows[:PROBE_WINDOWS])))
+    card(chosen, folder, form_of(folder), judgement, cost, notes, reused)
+
+
+def card(
+    chosen: Chosen,
+    folder: Path,
+    form: ArtefactForm,
+    judgement: Judgement | None,
+    cost: CostResult | None,
+    notes: Sequence[str],
+    reused: bool,
+) -> None:
+    """Writes the model card of a folder of that form, and its digests."""
+    model = chosen.prepared.context.model
     source = getattr(model.config, "_name_or_path", "")
-    card = model_card(
+    text = model_card(
         chosen.plan,
         verdict=judgement.verdict if judgement else None,
         reused=reused,
@@ -260,9 +296,9 @@ def finish(
         schemes=shares(chosen),
         notes=notes,
         licence=licence_of(Path(source)) if source else None,
-        decoder=decoder,
-        form=form_of(folder),
+        decoder=model.kind == "decoder",
+        form=form,
         turned=model.original is not None,
     )
-    write_card(folder, card)
+    write_card(folder, text)
     write_digests(folder)

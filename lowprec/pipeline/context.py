@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 
 from lowprec.artifacts.folder import RunFolder
-from lowprec.errors import ConfigError
+from lowprec.artifacts.own_form import is_whole
+from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.records import Budget
 from lowprec.report.progress import RunProgress
 from lowprec.settings import Settings, parse_budget
 from lowprec.steps.load import Model
 from lowprec.steps.metrics import Metric, metric_of, text_growth
-from lowprec.targets import Target, target_for
+from lowprec.targets import RuntimeTarget, Target, target_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,6 +23,11 @@ class Context:
     progress: RunProgress
     target: Target
     metric: Metric
+
+    @property
+    def runtime(self) -> RuntimeTarget | None:
+        """The target, where its runtime loads files of its own."""
+        return self.target if isinstance(self.target, RuntimeTarget) else None
 
     def with_budget(self, budget: Budget | str | float) -> "Context":
         """The same run with another limit, "2%", 0.02 or a `Budget`.
@@ -50,9 +56,9 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
 
     Raises:
         ConfigError: a metric that this model does not have.
-        UnsupportedError: a target or device that cannot be planned for.
+        UnsupportedError: a target or device that cannot be planned for, or a model that the target cannot hold.
     """
-    return Context(
+    made = Context(
         model=model,
         settings=settings,
         folder=folder,
@@ -60,3 +66,12 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
         target=target_for(settings.target, None if settings.device == "cpu" else settings.device),
         metric=metric_of(settings.budget, model, settings.seed),
     )
+    if made.runtime is not None and not is_whole(model.module):
+        raise UnsupportedError(
+            f"target {made.target.name} cannot hold {model.name}",
+            (
+                "it runs whole models of transformers; give a module of your own --target torch, and its artefact to "
+                "lowprec.export_onnx",
+            ),
+        )
+    return made

@@ -15,10 +15,12 @@ from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.metrics import text_growth
 from lowprec.steps.tokens import BATCH_TOKENS
+from lowprec.targets import TARGETS, RuntimeTarget
 
 LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
 OTHER_FORMATS = 3
+DEPLOYED_COPIES = 3
 PASSES_FORWARD_BACKWARD = 4
 # Of a block's, in float32 where the disk has bfloat16: as gathered, ordered, and factorised.
 OUTPUT_COPIES = 3 * 2
@@ -43,6 +45,8 @@ class Estimate:
 
 def estimate(module: nn.Module, settings: Settings) -> Estimate:
     """What optimising `module` with `settings` is expected to take on this machine.
+
+    A runtime with files of its own takes copies in float32: of the artefact, its graph and its session.
 
     Memory: the stored weights, two blocks and everything outside them in float32, the samples' hidden states, and a
     few buffers of logits; of a turned model a copy in float32 as well, or before that one in float64.
@@ -79,9 +83,11 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + (PASSES_FORWARD_BACKWARD + 1) * effort.calibration_tokens * effort.weighted
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
     )
+    served = 4.0 * sum(p.numel() for p in module.parameters()) * isinstance(TARGETS[settings.target], RuntimeTarget)
+    memory = max(3.0 * weights + turned + run, weights + 2 * turned, weights + turned + DEPLOYED_COPIES * served)
     return Estimate(
-        memory_bytes=int(LIBRARIES_BYTES + max(3.0 * weights + turned + run, weights + 2 * turned)),
-        disk_bytes=int(2.5 * max(weights, turned / 2) + scratch) + CONFIG_BYTES,
+        memory_bytes=int(LIBRARIES_BYTES + memory),
+        disk_bytes=int(2.5 * max(weights, turned / 2) + scratch + 2 * served) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
 

@@ -3,7 +3,8 @@
 Whole models are compared by KL, beside the noise that computing the scored model in bfloat16 alone makes:
 
     loaded    the artefact as it was loaded for the verdict, dense in float32
-    runtime   our kernels on its codes, the model around them as it is stored: what the cost is measured on
+    runtime   what the cost is measured on: a runtime with files of its own, from these (also the tokens that it
+              generates); else our kernels on the codes, the model around them as it is stored
     plain     transformers alone in bfloat16, which rounds INT8 activations by 127.5 (told, not demanded)
 """
 
@@ -13,22 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.artifacts.loading import load_artefact
-from lowprec.formats import QuantizedWeight
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.pipeline.artefact import Loaded
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
 from lowprec.pipeline.serve import converted, optimised
+from lowprec.records import Scheme
 from lowprec.results import ParityResult
 from lowprec.runtime.dispatch import fewest_rows
 from lowprec.runtime.linear import QuantLinear
 from lowprec.steps.measure import Run, run_through
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
+from lowprec.targets import RuntimeTarget
 
 LOADED_TOKENS = 1_024
 NOISE_TOKENS = 512
+PROMPTS, PROMPT_TOKENS, GENERATED = 4, 32, 32
+PRODUCT_ROWS = 5
 
 
 def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
@@ -38,16 +43,16 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
     with context.progress.step("parity"):
         equal = set(back) == set(chosen.solved) and all(_same(chosen.solved[layer], back[layer]) for layer in back)
         some = prepared.splits.tuning.subset(LOADED_TOKENS).batches()
-        scored = _outputs(run_through(stream, some, overlay), some)
-        kl = _kl(context, some, scored, _outputs(run_through(loaded.stream, some, loaded.overlay), some))
+        scored = outputs_of(run_through(stream, some, overlay), some)
+        kl = _kl(context, some, scored, outputs_of(run_through(loaded.stream, some, loaded.overlay), some))
         few = prepared.splits.tuning.subset(NOISE_TOKENS).batches()
         # Kept, as the module that they come from is changed for the runtime.
-        expected = list(_outputs(run_through(stream, few, overlay), few))
+        expected = list(outputs_of(run_through(stream, few, overlay), few))
         model = context.model
         noisy = Stream(model.module, model.forward, example(prepared.splits), stream.device, torch.bfloat16)
-        noise = _kl(context, few, expected, _outputs(run_through(noisy, few, overlay), few))
-        with optimised(chosen, back) as module:
-            runtime = _kl(context, few, expected, _forward(context, module, few))
+        noise = _kl(context, few, expected, outputs_of(run_through(noisy, few, overlay), few))
+        with optimised(chosen, loaded.artefact, loaded.served) as module:
+            runtime = _kl(context, few, expected, forwarded(context, module, few))
         return ParityResult(
             codes_equal=equal,
             max_layer_error=_worst_layer(chosen, back),
@@ -55,10 +60,11 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
             noise_kl_nats=noise,
             runtime_kl_nats=runtime,
             plain_kl_nats=_plain(chosen, loaded, few, expected),
+            token_match=_token_match(chosen, loaded),
         )
 
 
-def _outputs(run: Run, batches: Sequence[Batch]) -> Iterator[Tensor]:
+def outputs_of(run: Run, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """The outputs of a run, one batch at a time."""
     for hidden, batch in zip(run.hidden, batches, strict=True):
         with torch.no_grad(), run.stream.outer(run.overlay):
@@ -67,7 +73,7 @@ def _outputs(run: Run, batches: Sequence[Batch]) -> Iterator[Tensor]:
         yield output
 
 
-def _forward(context: Context, module: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
+def forwarded(context: Context, module: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """The outputs of a whole module, one batch at a time."""
     for batch in batches:
         with torch.no_grad():
@@ -90,11 +96,32 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
         return None
     module, _ = load_artefact(loaded.artefact.path, torch.bfloat16, activations="library")
     context = chosen.prepared.context
-    found = _kl(context, batches, expected, _forward(context, module, batches))
+    found = _kl(context, batches, expected, forwarded(context, module, batches))
     # Models of transformers refer to themselves, so they stay until they are collected.
     del module
     give_back_memory()
     return found
+
+
+@torch.no_grad()
+def _token_match(chosen: Chosen, loaded: Loaded) -> float | None:
+    """Share of the tokens that the runtime generates which the scored model gives after the same text.
+
+    Greedily, with the runtime's cache, from prompts out of tuning text; None where the runtime is torch.
+    """
+    prepared = chosen.prepared
+    prompts = [ids[:PROMPT_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROMPT_TOKENS][:PROMPTS]
+    if loaded.served is None or prepared.context.model.kind != "decoder" or not prompts:
+        return None
+    whole, cache, given = torch.stack(prompts), None, torch.stack(prompts)
+    for _ in range(GENERATED):
+        answer = loaded.served(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        given, cache = answer.logits[:, -1:].argmax(-1), answer.past_key_values
+        whole = torch.cat([whole, given], 1)
+    batch = Batch(ids=whole, lengths=torch.full((len(whole),), whole.shape[1]), index=tuple(range(len(whole))))
+    (logits,) = outputs_of(run_through(prepared.as_stored, [batch], chosen.overlay), [batch])
+    expected = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
+    return float((expected == whole[:, PROMPT_TOKENS:]).double().mean())
 
 
 def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float:
@@ -105,6 +132,8 @@ def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float
     settings = chosen.prepared.context.settings
     generator = torch.Generator().manual_seed(settings.seed)
     worst = 0.0
+    if (runtime := chosen.prepared.context.runtime) is not None:
+        return _worst_product(chosen, solved, runtime, generator)
     wanted = {fewest_rows(m) for m in (settings.workload.decode_m, settings.workload.prefill_m)}
     quantised = {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None}
     with converted(chosen, solved, quantised) as module:
@@ -114,6 +143,21 @@ def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float
                     x = torch.randn(rows, layer.in_features, generator=generator)
                     worst = max(worst, layer.relative_error(x) / layer.tolerance)
     return worst
+
+
+def _worst_product(
+    chosen: Chosen, solved: Mapping[str, QuantizedWeight], runtime: RuntimeTarget, generator: torch.Generator
+) -> float:
+    """The same by the runtime's products, for the first layer of each scheme and shape."""
+    kinds: dict[tuple[Scheme, torch.Size], str] = {}
+    for layer, weight in solved.items():
+        kinds.setdefault((chosen.scheme_of_layer[layer], weight.codes.shape), layer)
+    errors = [0.0]
+    for (scheme, shape), layer in kinds.items():
+        x = torch.randn(PRODUCT_ROWS, shape[1], generator=generator)
+        tolerance = WEIGHT_FORMATS[solved[layer].format].tolerance
+        errors.append(runtime.layer_error(scheme, solved[layer], x) / tolerance)
+    return max(errors)
 
 
 def _same(one: QuantizedWeight, other: QuantizedWeight) -> bool:

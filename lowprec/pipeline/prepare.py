@@ -131,7 +131,8 @@ def prepare(context: Context) -> Prepared:
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
         widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}
-        allowed, struck_out = candidates(groups, widths, schemes_named(settings.schemes), context.target)
+        offered = schemes_named(settings.schemes or context.target.schemes)
+        allowed, struck_out = candidates(groups, widths, offered, context.target)
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
     inputs = _inputs(context, splits, allowed)

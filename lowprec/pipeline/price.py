@@ -39,9 +39,16 @@ def price(prepared: Prepared) -> Priced:
         context.folder.write_step("cost", samples, inputs)
     else:
         context.progress.skip("cost", "timed by an earlier run")
-    own_bytes = context.model.dtype.itemsize
+    own_bytes = target.dense_bytes(context.model.dtype.itemsize)
     costs = group_costs(
-        prepared.groups, prepared.widths, prepared.allowed, workload, samples, tied_groups(prepared), own_bytes
+        prepared.groups,
+        prepared.widths,
+        prepared.allowed,
+        workload,
+        samples,
+        target.products,
+        tied_groups(prepared),
+        own_bytes,
     )
     return Priced(samples=samples, costs=costs)
 

@@ -1,20 +1,22 @@
 """Stage 6: is what was loaded what was scored (parity), and does it hold the budget on unread text (verdict)?"""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowprec.pipeline.artefact import Loaded
 from lowprec.pipeline.choose import Chosen
-from lowprec.pipeline.parity import parity_of
+from lowprec.pipeline.parity import forwarded, outputs_of, parity_of
 from lowprec.records import digest
 from lowprec.results import ParityResult
 from lowprec.steps.judge import Judgement, Looked, judge
 from lowprec.steps.ledger import Ledger
 from lowprec.steps.measure import compare, run_through
-from lowprec.steps.tokens import TokenSet, batched
+from lowprec.steps.tokens import Batch, TokenSet, batched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +82,45 @@ def _purpose(chosen: Chosen) -> str:
 
 def _look(chosen: Chosen, loaded: Loaded, data: TokenSet) -> Looked:
     prepared, context = chosen.prepared, chosen.prepared.context
-    codes = chosen.solved_inputs["codes"]
-    inputs = {"artefact": codes, "metric": prepared.metric_key, "data": data.digest, **prepared.inputs}
+    inputs = {
+        "artefact": _judged(chosen, loaded),
+        "metric": prepared.metric_key,
+        "data": data.digest,
+        **prepared.inputs,
+    }
     name, batches = f"look-{data.digest}", batched(data).batches
     stored: Any = context.folder.read_step(name, inputs)
     # Written before the data is seen, so that a run killed after the look cannot pass for unread.
     Ledger(context.folder).note(data, _purpose(chosen))
     if stored is None:
-        depth = prepared.stream.depth
+        stored = _compared(chosen, loaded, data, batches).tolist()
+        context.folder.write_step(name, stored, inputs)
+    return context.metric.looked(torch.tensor(stored, dtype=torch.float64), data, batches)
+
+
+def _judged(chosen: Chosen, loaded: Loaded) -> str:
+    """Digest of what is judged: the codes, or the files of a runtime that has its own, with its version."""
+    deployed, target = loaded.artefact.deployed, chosen.prepared.context.target
+    return chosen.solved_inputs["codes"] if deployed is None else f"{deployed.digest} {target.device}"
+
+
+def _compared(chosen: Chosen, loaded: Loaded, data: TokenSet, batches: Sequence[Batch]) -> Tensor:
+    """The metric's table, a row for each window: the original against what was loaded, in its runtime."""
+    context, stream = chosen.prepared.context, chosen.prepared.stream
+    by, depth = context.metric.compare(data), stream.depth
+    if loaded.served is None:
         with context.progress.step("judge", 2 * depth, "blocks") as step:
-            reference = run_through(prepared.stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
+            reference = run_through(stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
             candidate = run_through(
                 loaded.stream, batches, loaded.overlay, lambda d, _: step.report(depth + d, 2 * depth)
             )
-            stored = compare(reference, [candidate], batches, context.metric.compare(data))[0].tolist()
-        context.folder.write_step(name, stored, inputs)
-    return context.metric.looked(torch.tensor(stored, dtype=torch.float64), data, batches)
+            return compare(reference, [candidate], batches, by)[0]
+    with context.progress.step("judge", depth + len(batches), "blocks and batches") as step:
+        reference = run_through(stream, batches, progress=lambda d, _: step.report(d, depth + len(batches)))
+        rows = []
+        found = forwarded(context, loaded.served, batches)
+        # One batch of logits at a time.
+        for expected, output, batch in zip(outputs_of(reference, batches), found, batches, strict=True):
+            rows.append(by(expected, output, batch).cpu())
+            step.report(depth + len(rows), depth + len(batches))
+        return torch.cat(rows)

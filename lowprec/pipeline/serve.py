@@ -1,29 +1,64 @@
-"""The model in our runtime: its layers replaced by ones that compute with kernels, and put back afterwards."""
+"""The model in the target's runtime, as a module that is called like the model itself.
+
+A runtime with files of its own loads them. In torch the model's layers are replaced by ones that compute with kernels,
+and put back afterwards.
+"""
 
 import contextlib
+import copy
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lowprec.formats import QuantizedWeight, scheme_named
-from lowprec.pipeline.artefact import input_scales, tables_of
+from lowprec.pipeline.artefact import Artefact, input_scales, tables_of
 from lowprec.pipeline.choose import Chosen
+from lowprec.pipeline.deploy import deployed_path, loaded_by
+from lowprec.pipeline.memory import give_back_memory
 from lowprec.records import Scheme
 from lowprec.runtime.convert import convert_
 from lowprec.runtime.dispatch import KernelTable
+from lowprec.targets import RuntimeTarget
 
 BF16 = scheme_named("bf16")
+UNQUANTISED = "unquantised-"
 
 
 def baseline(chosen: Chosen) -> contextlib.AbstractContextManager[nn.Module]:
-    """The unquantised model, every layer in the runtime's fastest bfloat16 form; put back afterwards."""
+    """The unquantised model: its own graph in a runtime with files, else every layer in its fastest bfloat16 form."""
+    runtime = chosen.prepared.context.runtime
+    if runtime is not None:
+        return _unquantised(chosen, runtime)
     return converted(chosen, {}, dict.fromkeys(chosen.scheme_of_layer, BF16))
 
 
-def optimised(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> contextlib.AbstractContextManager[nn.Module]:
-    """The model with the plan's layers in our runtime; put back afterwards."""
-    return converted(chosen, solved, chosen.scheme_of_layer)
+def optimised(
+    chosen: Chosen, artefact: Artefact, served: nn.Module | None = None
+) -> contextlib.AbstractContextManager[nn.Module]:
+    """The model with the plan's layers; `served` is the one that a runtime with files has loaded already, if it has."""
+    runtime = chosen.prepared.context.runtime
+    if runtime is None:
+        return converted(chosen, artefact.solved, chosen.scheme_of_layer)
+    return contextlib.nullcontext(served or loaded_by(chosen, runtime, deployed_path(chosen, runtime)))
+
+
+@contextlib.contextmanager
+def _unquantised(chosen: Chosen, runtime: RuntimeTarget) -> Iterator[nn.Module]:
+    context = chosen.prepared.context
+    for left in context.folder.path.glob(f"{UNQUANTISED}*"):
+        # By a run that was killed.
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=UNQUANTISED, dir=context.folder.path) as place:
+        path = Path(place) / runtime.form
+        whole = copy.deepcopy(context.model.module).float()
+        runtime.deploy_unquantised(whole, path)
+        del whole
+        give_back_memory()
+        yield loaded_by(chosen, runtime, path)
 
 
 @contextlib.contextmanager

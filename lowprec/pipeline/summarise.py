@@ -5,6 +5,7 @@ import platform
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +13,21 @@ import transformers
 
 from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.formats import scheme_named
-from lowprec.pipeline.artefact import Artefact, bytes_before, bytes_unrounded, finish, saved, shares
+from lowprec.pipeline.artefact import (
+    Artefact,
+    bytes_before,
+    bytes_unrounded,
+    card,
+    finish,
+    saved,
+    shares,
+)
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
+from lowprec.pipeline.deploy import deployed_path
 from lowprec.pipeline.prove import Proved
 from lowprec.pipeline.serve import baseline, optimised
-from lowprec.records import Group, Scheme, Workload
+from lowprec.records import ArtefactForm, Group, Scheme, Workload
 from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, Report
 from lowprec.steps.allocate import allocate
 from lowprec.steps.check import agreement
@@ -39,7 +49,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
     judgement, accounts = proved.judgement, Accounts(chosen)
     with chosen.in_model():
         cost = accounts.cost(artefact)
-        finish(chosen, artefact.path, judgement, cost, artefact.notes, proved.reused)
+        place, form = _complete(chosen, artefact, proved, cost)
     final = verified.chosen
     return Report(
         model=context.model.name,
@@ -64,8 +74,8 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         environment=environment(context),
         seconds=context.progress.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        artefact=str(artefact.path),
-        artefact_form=artefact.form,
+        artefact=str(place),
+        artefact_form=form,
         turned=context.model.original is not None,
     )
 
@@ -92,7 +102,7 @@ class Accounts:
         after = self._fixed() + sum(self._unit(costs[choice]) for choice in chosen.plan.groups)
         here = context.target.origin == "measured" and context.model.kind == "decoder"
         speeds = self._speeds(artefact) if here else None
-        whole, left = bytes_before(chosen), artefact.weight_bytes
+        whole, left = bytes_before(chosen), artefact.loaded_bytes
         measured = None if speeds is None else _reduction(speeds, settings.workload)
         if settings.objective == "bytes":
             # The original's, which may tie what a turned model cannot.
@@ -104,7 +114,7 @@ class Accounts:
             unit=UNITS[settings.objective],
             origin="measured" if settings.objective == "bytes" else context.target.origin,
             device=context.target.device,
-            baseline="the same runtime, unquantised: every layer bfloat16 in its fastest form",
+            baseline=context.target.baseline,
             before=before,
             after=after,
             reduction_predicted=1.0 - after / before,
@@ -143,7 +153,8 @@ class Accounts:
 
     def _bits(self, schemes: Mapping[str, Scheme]) -> float:
         """Stored bits per parameter of all groups, scales included; embeddings count where they may be rounded."""
-        groups, own = self._groups, self.chosen.prepared.context.model.dtype.itemsize
+        context, groups = self.chosen.prepared.context, self._groups
+        own = context.target.dense_bytes(context.model.dtype.itemsize)
         return 8.0 * sum(stored_bytes(groups[name], s, own) for name, s in schemes.items()) / self._parameters
 
     def _speeds(self, artefact: Artefact) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -151,7 +162,7 @@ class Accounts:
         work = context.settings.workload
         found = []
         with context.progress.step("end to end", 2, "models") as step:
-            for model in (baseline(self.chosen), optimised(self.chosen, artefact.solved)):
+            for model in (baseline(self.chosen), optimised(self.chosen, artefact)):
                 with model as module:
                     found.append(measure_end_to_end(module, work.prompt_tokens, max(work.output_tokens, 1), work.batch))
                 step.report(len(found), 2)
@@ -195,6 +206,17 @@ class Accounts:
             predicted_kl_nats=self.chosen.scored.predicted.get((name, scheme), 0.0),
             cost=self._unit(self.chosen.priced.costs[name, scheme]),
         )
+
+
+def _complete(chosen: Chosen, artefact: Artefact, proved: Proved, cost: CostResult) -> tuple[Path, ArtefactForm]:
+    """Completes the cards of what was written with the verdict; where that lies which was judged, and what it is."""
+    runtime = chosen.prepared.context.runtime
+    finish(chosen, artefact.path, proved.judgement, cost, artefact.notes, proved.reused)
+    if runtime is None or artefact.deployed is None:
+        return artefact.path, artefact.form
+    path, notes = deployed_path(chosen, runtime), artefact.deployed.notes
+    card(chosen, path, runtime.form, proved.judgement, cost, notes, proved.reused)
+    return path, runtime.form
 
 
 def _reduction(speeds: Sequence[tuple[float, float]], work: Workload) -> float:

@@ -116,3 +116,8 @@ def workload(result: CostResult) -> str:
     """The workload as one phrase."""
     load = result.workload
     return f"batch {load.batch}, {load.prompt_tokens} prompt + {load.output_tokens} output tokens"
+
+
+def runtime(report: Report) -> str:
+    """What ran the model, in words."""
+    return report.target if report.artefact_form == "onnxruntime" else "our kernels"

@@ -94,10 +94,13 @@ def _parity(report: Report) -> str:
     head = "holds" if parity.holds else "FAILS"
     codes = "equal" if parity.codes_equal else "DIFFERENT"
     kl, run, noise = (numbers.significant(x, 2) for x in (parity.kl_nats, parity.runtime_kl_nats, parity.noise_kl_nats))
-    return (
+    text = (
         f"{head}: codes {codes}, largest layer error {parity.max_layer_error:.2f} of tolerance, "
-        f"KL {kl} nats as loaded, {run} in our kernels (bf16 noise {noise})"
+        f"KL {kl} nats as loaded, {run} in {numbers.runtime(report)} (bf16 noise {noise})"
     )
+    if parity.token_match is not None:
+        text += f"; {numbers.percent(parity.token_match)} of the tokens generated there are the scored model's"
+    return text
 
 
 def _prediction(report: Report) -> str:

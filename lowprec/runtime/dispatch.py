@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, per_block, resolve
 from lowprec.formats.asymmetric import offset_codes
 from lowprec.records import CostSample, Scheme
 from lowprec.registry import closest
@@ -45,9 +45,14 @@ def fewest_rows(m: int) -> int:
 
 
 def kinds(scheme: Scheme) -> tuple[WeightKind, ActivationKind | None]:
-    """The kinds of weight and activation that kernels are asked for: "int4-g64" is "int4", "int8-static" "int8"."""
+    """The kinds of weight and activation that kernels are asked for: "int4-g64" is "int4", "int8-static" "int8".
+
+    Activations in blocks keep their name, which no kernel here answers to.
+    """
     weight = "bf16" if scheme.weight is None else weight_kind(scheme.weight)
-    activation = None if scheme.activation is None else scheme.activation.split("-")[0]
+    activation = scheme.activation
+    if activation is not None and not per_block(scheme):
+        activation = activation.split("-")[0]
     return weight, cast(ActivationKind | None, activation)
 
 

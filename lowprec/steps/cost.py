@@ -9,7 +9,7 @@ bfloat16 shares the embedding's bytes and costs none of its own, unless the two 
 those of the group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowprec.artifacts.ct_schemes import storage_format
@@ -22,6 +22,7 @@ from lowprec.targets import Target
 
 Widths = Mapping[str, tuple[int, ...]]
 """Group -> output width of each of its layers."""
+Products = Callable[[Scheme, tuple[int, ...]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +82,9 @@ def time_shapes(
         if group.is_embedding:
             continue
         ms = tuple(sorted(set(rows_of(group, workload))))
-        for n in widths[group.name]:
-            wanted.setdefault(ms, {})[n, group.k] = None
-            for scheme in allowed[group.name]:
+        for scheme in allowed[group.name]:
+            for n in target.products(scheme, widths[group.name]):
+                wanted.setdefault(ms, {})[n, group.k] = None
                 needed.setdefault(((n, group.k), ms), {})[scheme.name] = scheme
     jobs = [(shape, ms) for ms, shapes in wanted.items() for shape in shapes]
     samples: list[CostSample] = []
@@ -99,12 +100,14 @@ def group_costs(
     allowed: Mapping[str, Sequence[Scheme]],
     workload: Workload,
     samples: Sequence[CostSample],
+    products: Products = lambda scheme, widths: widths,
     tied: Sequence[str] = (),
     own_bytes: int = 2,
 ) -> dict[tuple[str, str], GroupCost]:
     """(group, scheme) -> cost.
 
     Args:
+        products: the target's (`lowprec.targets.Target.products`).
         tied: groups whose unquantised weight is that of an embedding which stays as it is.
         own_bytes: of one unquantised weight.
     """
@@ -114,7 +117,7 @@ def group_costs(
         prefill, decode = rows_of(group, workload)
         for scheme in allowed[group.name]:
             # A few rows are read of an embedding, nothing is multiplied.
-            multiplied = () if group.is_embedding else widths[group.name]
+            multiplied = () if group.is_embedding else products(scheme, widths[group.name])
             us = sum(
                 time[scheme.name, n, group.k, prefill] + workload.output_tokens * time[scheme.name, n, group.k, decode]
                 for n in multiplied

@@ -1,11 +1,19 @@
-"""What a target is: a runtime, or a device to plan for, that can say what it runs and how long that takes."""
+"""What a target is: a runtime, or a device to plan for, that can say what it runs and how long that takes.
+
+A target whose runtime loads files of its own is a `RuntimeTarget` besides. It writes them from an artefact, and what it
+loads from them is a module that is called as transformers' models are: so the same clock times it, and the same
+functions judge it, as if it were computed by torch.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, resolve
-from lowprec.records import CostSample, Origin, Scheme
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
 from lowprec.registry import Registry
 
 BF16_BYTES = 2
@@ -27,8 +35,25 @@ class Target(Protocol):
     def origin(self) -> Origin:
         """Whether `time` measures or models."""
 
+    @property
+    def baseline(self) -> str:
+        """What the same runtime does without quantisation, for the report."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Families and names of schemes that it offers where none are asked for."""
+
+    def require(self) -> None:
+        """Raises ConfigError, with the remedy, when the target cannot be used on this machine."""
+
     def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
         """None if a weight [n, k] can run in `scheme`, else the reason."""
+
+    def products(self, scheme: Scheme, widths: tuple[int, ...]) -> tuple[int, ...]:
+        """Output widths of the products that run the layers of one group, whose own output widths are `widths`."""
+
+    def dense_bytes(self, own: int) -> int:
+        """Bytes that it loads for a weight that is not quantised and that the model stores in `own` bytes."""
 
     def time(
         self,
@@ -44,6 +69,38 @@ class Target(Protocol):
             schemes: as the caller names them; the samples carry these names (a group size is settled per shape).
             ms: rows of the activations.
             progress: called with (done, total) after each (shape, M).
+        """
+
+
+@runtime_checkable
+class RuntimeTarget(Target, Protocol):
+    """A target whose runtime loads files of its own: they are what is judged and timed."""
+
+    @property
+    def form(self) -> ArtefactForm:
+        """What they are; also the name of their folder in a run, beside the artefact's."""
+
+    def deploy(self, artefact: Path, out: Path) -> Deployed:
+        """Writes the files of an artefact, checked.
+
+        Raises:
+            LowprecError: a model that the runtime cannot hold, with the reason; a folder that cannot be written.
+        """
+
+    def deploy_unquantised(self, module: nn.Module, out: Path) -> Deployed:
+        """Writes those of a model of transformers as it is; `module` is not changed."""
+
+    def layer_error(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> float:
+        """||y - x' W^T|| / ||x' W^T|| of the runtime's y, for x [M, K] that is rounded to x' by a resolved `scheme`."""
+
+    def load(self, path: Path, room: int) -> nn.Module:
+        """A module with the model in `path` behind it, called with `input_ids` and the other arguments of transformers.
+
+        Args:
+            room: tokens that a decoder may go on with after the first call of a text.
+
+        A decoder's answer has `logits`, and, with `use_cache`, `past_key_values` to go on from; an encoder's has
+        `last_hidden_state`.
         """
 
 

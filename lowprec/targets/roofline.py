@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lowprec.errors import ConfigError
-from lowprec.formats import resolve
+from lowprec.formats import per_block, resolve
 from lowprec.records import CostSample, Origin, Scheme
 from lowprec.registry import closest
 from lowprec.targets.base import BF16_BYTES, Progress, unfit, weight_bytes
@@ -111,8 +111,27 @@ class RooflineTarget:
         """All times are modelled."""
         return "modelled"
 
+    @property
+    def baseline(self) -> str:
+        """All layers as they are."""
+        return "the same device, unquantised: every layer bfloat16"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """All families that need no zero points."""
+        return ("fp8", "int8", "int4")
+
+    def require(self) -> None:
+        """A model needs nothing."""
+
+    def products(self, scheme: Scheme, widths: tuple[int, ...]) -> tuple[int, ...]:
+        """Each layer runs by itself."""
+        return widths
+
     def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
         """None if the device has units for the scheme's compute precision and K fits."""
+        if per_block(scheme):
+            return f"{scheme.name}: inputs are rounded block by block in onnxruntime on CPUs alone"
         precision = compute_precision(scheme)
         if precision not in self._device.rates:
             missing = self._device.missing.get(precision, f"{self._device.name} has no {precision} units")
@@ -127,6 +146,10 @@ class RooflineTarget:
         compute = 2.0 * m * n * k / device.rates[compute_precision(scheme)]
         quantise = m * k * (BF16_BYTES + 1) / device.bandwidth if quantised else 0.0
         return (max(moved / device.bandwidth, compute) + quantise) * 1e6
+
+    def dense_bytes(self, own: int) -> int:
+        """What the model stores."""
+        return own
 
     def time(
         self,

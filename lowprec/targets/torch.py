@@ -77,6 +77,23 @@ class TorchTarget:
         """All times are measured."""
         return "measured"
 
+    @property
+    def baseline(self) -> str:
+        """The fastest forms that are not quantised."""
+        return "the same runtime, unquantised: every layer bfloat16 in its fastest form"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """All families that need no zero points."""
+        return ("fp8", "int8", "int4")
+
+    def require(self) -> None:
+        """Torch is here; a device that is not was refused when the target was made."""
+
+    def products(self, scheme: Scheme, widths: tuple[int, ...]) -> tuple[int, ...]:
+        """Each layer runs by itself."""
+        return widths
+
     def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
         """None if a form other than the slow reference runs it."""
         reason = unfit(scheme, k)
@@ -87,6 +104,10 @@ class TorchTarget:
         except UnsupportedError as error:
             return "; ".join(error.reasons)
         return None
+
+    def dense_bytes(self, own: int) -> int:
+        """What the model stores."""
+        return own
 
     def time(
         self,

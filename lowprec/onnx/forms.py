@@ -1,0 +1,64 @@
+"""Which operator of onnxruntime computes a scheme on CPUs, to the number.
+
+| scheme                     | operator                                                              |
+|----------------------------|-----------------------------------------------------------------------|
+| bf16                       | MatMul in float32                                                     |
+| w4a16-g*, w3a16-g*         | MatMulNBits, accuracy level 1                                         |
+| w4a8-block-g*              | MatMulNBits, accuracy level 4: inputs in blocks, which are the groups |
+| w8a8-block                 | the same with 8 bits and blocks of 128                                |
+| w8a8-int8                  | QuantizeLinear by row, MatMulIntegerToFloat (`lowprec.onnx.token`)    |
+
+Left out, as nothing is won by it. w8a16: at level 1 and 8 bits MatMulNBits writes the whole weight out in float32 at
+every call, at one row tens of times as slow as float32. FP8: there is no product, it would run in float32.
+DynamicQuantizeLinear with one scale for all tokens: 5 to 20 % faster than a scale for each, at a loss of half a model's
+quality. INT8 inputs by token with 4-bit weights: there is no product.
+"""
+
+from functools import partial
+
+from lowprec.formats import WEIGHT_FORMATS, per_block
+from lowprec.formats.rows import MixedRows
+from lowprec.formats.schemes import BLOCK
+from lowprec.onnx.layers import Product, saturates
+from lowprec.onnx.nbits import EXACT, FAST, blocks_of, refuses_nbits
+from lowprec.onnx.products import TOKEN, Level, product_at
+from lowprec.records import Scheme
+
+BY_TOKEN = "int8-token"
+
+
+def refuses(scheme: Scheme) -> str | None:
+    """Why no operator computes a resolved `scheme`, None if one does."""
+    if scheme.weight is None:
+        return None
+    fmt = WEIGHT_FORMATS[scheme.weight]
+    if fmt.code_dtype.is_floating_point:
+        return f"{scheme.name}: onnxruntime has no product of FP8 on CPUs, it would run in float32"
+    if isinstance(fmt, MixedRows) or (scheme.activation is None and fmt.bits == 8):
+        return (
+            f"{scheme.name}: with inputs in float onnxruntime writes INT8 weights out in float32 at every call, which "
+            "takes many times as long as to leave them there"
+        )
+    if reason := refuses_nbits(scheme.weight):
+        return f"{scheme.name}: {reason}"
+    if scheme.activation is None:
+        return None
+    if scheme.activation == BY_TOKEN and fmt.bits == 8:
+        return f"{scheme.name}: INT8 products overflow in onnxruntime on this processor" if saturates() else None
+    if scheme.activation != f"int8{BLOCK}{blocks_of(scheme.weight).size}":
+        return f"{scheme.name}: onnxruntime rounds inputs of these weights block by block (w{fmt.bits}a8{BLOCK})"
+    return None
+
+
+def level_of(scheme: Scheme) -> Level:
+    """How the product of a scheme that quantises rounds its inputs; in float32 where none does it as scored."""
+    if scheme.activation == BY_TOKEN and scheme.weight == "int8":
+        return TOKEN
+    return FAST if per_block(scheme) else EXACT
+
+
+def product_of(scheme: Scheme) -> tuple[str, Product]:
+    """Name and maker of the product of such a scheme."""
+    level = level_of(scheme)
+    name = "MatMulIntegerToFloat" if level == TOKEN else f"MatMulNBits level {level}"
+    return name, partial(product_at, level=level)
