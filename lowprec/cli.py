@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -165,12 +165,17 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|compressed_tensors)\b.*")
 
 
-def main() -> None:
-    """Entry point of the command `lowprec`; `--debug` anywhere shows tracebacks."""
-    debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Entry point of the command `lowprec`; `--debug` anywhere shows tracebacks.
+
+    Args:
+        arguments: None for those of the process.
+        program: what usage lines call it; None for the process's own name.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=[a for a in given if a != "--debug"], prog_name=program, standalone_mode=True)
     except LowprecError as error:
         if debug:
             raise
