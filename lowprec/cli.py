@@ -137,7 +137,11 @@ def calibrate(
 def export(
     source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of its artefact.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export is replaced.")],
-    target: Annotated[str, typer.Option(help="What is written: onnx.")] = "onnx",
+    target: Annotated[str, typer.Option(help="What is written: onnx, onnxruntime.")] = "onnx",
+    accuracy: Annotated[
+        str,
+        typer.Option(help="Inputs of integer weights in onnxruntime: planned, exact (float32), fast (INT8 blocks)."),
+    ] = "planned",
 ) -> None:
     """Write a finished run's model for another runtime, and check it there.
 
@@ -147,9 +151,9 @@ def export(
     from lowprec.report import RunProgress, numbers
 
     _quiet_libraries()
-    check_target(target)
+    check_target(target, accuracy)
     with RunProgress() as progress, progress.step("export"):
-        written = export_onnx(source, out)
+        written = export_onnx(source, out, target=target, accuracy=accuracy)
     size = numbers.plain(numbers.byte_size(written.bytes))
     Console().print(
         f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}; outputs in onnxruntime within "

@@ -8,11 +8,13 @@ digest); .artefact (SHA-256 of the artefact's digests.json) and .model, .source_
 are known; .notes (JSON, what this form does otherwise than the artefact).
 """
 
+import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from lowprec.formats import WEIGHT_FORMATS
 from lowprec.onnx.canonical import Rewritten, to_canonical
 from lowprec.onnx.checks import LONG, check_file, check_outputs
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
+from lowprec.onnx.nbits import FAST
+from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
 from lowprec.version import __version__
@@ -67,14 +71,22 @@ class _Source:
     origin: Mapping[str, str]
 
 
-def write_onnx(source: Path, out: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> OnnxArtefact:
+def write_onnx(
+    source: Path,
+    out: Path,
+    module: nn.Module | None,
+    inputs: Mapping[str, Tensor] | None,
+    target: str = "onnx",
+    accuracy: str = "planned",
+) -> OnnxArtefact:
     """See `lowprec.onnx.export_onnx`."""
     path = artefact_of(source)
     _check_place(out, path)
     loaded = _loaded(path, module, inputs)
     size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
     # Made inside of it, so that a folder that cannot be written is known before the work, and a failure leaves nothing.
-    return write_folder(out, size, lambda folder: _fill(folder, out, loaded, inputs))
+    form = _canonical if target == "onnx" else partial(_for_runtime, accuracy=accuracy)
+    return write_folder(out, size, lambda folder: _fill(folder, out, loaded, inputs, form))
 
 
 def artefact_of(source: Path) -> Path:
@@ -137,26 +149,60 @@ def _from_plan(file: Path) -> tuple[str, ...]:
         raise ArtifactError(file, f"is no plan ({error}); run lowprec calibrate again") from error
 
 
-def _fill(folder: Path, out: Path, source: _Source, inputs: Mapping[str, Tensor] | None) -> OnnxArtefact:
-    graph = graph_of(source.module, inputs)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Formed:
+    """A graph with codes in it.
+
+    Attributes:
+        layers: how many read codes.
+        notes: what it does otherwise than the artefact.
+        rounds: whether it rounds inputs, so that it must be made exact to be compared.
+    """
+
+    graph: Graph
+    layers: int
+    notes: tuple[str, ...]
+    rounds: bool = False
+
+
+def _canonical(graph: Graph, source: _Source) -> _Formed:
     rewritten = to_canonical(graph, read_back(source.path))
     tidy(graph)
-    notes = notes_of(source.schemes, rewritten)
-    graph.model.metadata_props.update(_metadata(source, graph.kind, notes))
+    return _Formed(graph=graph, layers=len(rewritten.layers), notes=notes_of(source.schemes, rewritten))
+
+
+def _for_runtime(graph: Graph, source: _Source, accuracy: str) -> _Formed:
+    levels = levels_of(source.schemes, accuracy)
+    made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module))
+    notes = runtime_notes(source.schemes, levels, made)
+    return _Formed(graph=made.graph, layers=len(made.layers), notes=notes, rounds=FAST in levels.values())
+
+
+def _fill(
+    folder: Path,
+    out: Path,
+    source: _Source,
+    inputs: Mapping[str, Tensor] | None,
+    form: Callable[[Graph, _Source], _Formed],
+) -> OnnxArtefact:
+    formed = form(graph_of(source.module, inputs), source)
+    graph, file = formed.graph, folder / MODEL
+    graph.model.metadata_props.update(_metadata(source, graph.kind, formed.notes))
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
     graph.model.graph.name = type(source.module).__name__
-    ir.save(graph.model, folder / MODEL, external_data=DATA)
+    ir.save(graph.model, file, external_data=DATA)
     _write_texts(folder, source, graph)
-    check_file(folder / MODEL, out)
-    error = check_outputs(folder / MODEL, out, graph.kind, source.module, inputs, _tokens(source))
+    check_file(file, out)
+    with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
+        error = check_outputs(compared, out, graph.kind, source.module, inputs, _tokens(source))
     digests.write_digests(folder)
     return OnnxArtefact(
         path=out,
         kind=graph.kind,
-        layers=len(rewritten.layers),
+        layers=formed.layers,
         bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()),
         largest_error=error,
-        notes=notes,
+        notes=formed.notes,
     )
 
 

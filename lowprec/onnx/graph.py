@@ -16,10 +16,11 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -124,6 +125,28 @@ def tidy(graph: Graph) -> None:
     ClearMetadataAndDocStringPass()(graph.model)
 
 
+def lazy_constant(
+    graph: ir.Graph, name: str, kind: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray[Any, Any]]
+) -> ir.Value:
+    """A constant that is made when it is written, so that one at a time is in memory; one name is one constant."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.LazyTensor(lambda: ir.Tensor(make(), dtype=kind, name=name), dtype=kind, shape=ir.Shape(shape))
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def stored(graph: ir.Graph, name: str, numbers: np.ndarray[Any, Any]) -> ir.Value:
+    """A constant that is at hand; one name is one constant."""
+    return lazy_constant(graph, name, ir.DataType.from_numpy(numbers.dtype), numbers.shape, lambda: numbers)
+
+
+def constant(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    """[N] int64; one name is one constant."""
+    return stored(graph, name, np.array(numbers, dtype=np.int64))
+
+
 def _decoder_graph(model: Any) -> Graph:
     past = [torch.zeros(BATCH, heads, PAST, width) for heads, width in _cache_shapes(model)]
     names = [f"{layer}.{part}" for layer in range(len(past) // 2) for part in ("key", "value")]
@@ -224,6 +247,18 @@ def unread_inputs(graph: ir.Graph) -> set[str]:
             waiting += [given for given in _values_read(producer) if given is not None]
         seen.add(value)
     return {str(value.name) for value in graph.inputs if value not in seen}
+
+
+def inputs_of(values: Sequence[ir.Value]) -> set[ir.Value]:
+    """The inputs of a graph that values are computed from, be it from their sizes alone."""
+    seen, waiting = set(), list(values)
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer()
+        if value not in seen and producer is not None:
+            waiting += [given for given in producer.inputs if given is not None]
+        seen.add(value)
+    return {value for value in seen if value.is_graph_input()}
 
 
 def _values_read(node: ir.Node) -> Sequence[ir.Value | None]:

@@ -6,18 +6,30 @@ block (accuracy level 4); level 1 computes in float32.
 Source: onnxruntime.ai/docs, session.qdq_matmulnbits_accuracy_level.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from lowprec.errors import ArtifactError, ConfigError
+from lowprec.onnx import RUNTIME_NEEDED
+from lowprec.onnx.binding import Run
+from lowprec.onnx.matching import Array
+from lowprec.onnx.sampling import Sampler
 
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
+MODEL = "model.onnx"
+EXPORT_FIRST = "write one with lowprec export RUN --target onnxruntime --out FOLDER"
+CHUNK = 512
 Cache = list[Tensor]
+Tokens = Sequence[int] | Tensor
 
 
 def open_session(path: Path, threads: int = 0) -> Any:
@@ -34,7 +46,11 @@ def open_session(path: Path, threads: int = 0) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ArtifactError(path, f"does not load in onnxruntime {onnxruntime.__version__} ({reason})") from error
+        oldest = RUNTIME_NEEDED["onnxruntime"]
+        remedy = f"; graphs for onnxruntime need {oldest}" if Version(onnxruntime.__version__) < Version(oldest) else ""
+        raise ArtifactError(
+            path, f"does not load in onnxruntime {onnxruntime.__version__} ({reason}){remedy}"
+        ) from error
 
 
 def run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
@@ -84,33 +100,6 @@ class OnnxDecoder:
         mask = torch.ones_like(ids) if mask is None else mask
         return self.step(ids, mask, self.empty(len(ids)))[0]
 
-    def generate(self, prompts: Sequence[Tensor], tokens: int, stop: int | None = None) -> list[Tensor]:
-        """Continues prompts of any lengths greedily, as one batch.
-
-        Args:
-            prompts: [T_i] token ids each.
-            tokens: how many are made at most.
-            stop: the token that ends an answer, which then is its last.
-
-        Returns:
-            The new tokens of each prompt.
-
-        Raises:
-            ConfigError: no prompt, or an empty one.
-        """
-        ids, mask = left_padded(prompts)
-        past = self.empty(len(ids))
-        made: list[Tensor] = []
-        ended = torch.zeros(len(ids), dtype=torch.bool)
-        while len(made) < tokens and not bool(ended.all()):
-            logits, past = self.step(ids, mask, past)
-            ids = logits[:, -1:].argmax(-1)
-            made.append(ids)
-            mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            ended |= ids[:, 0] == stop if stop is not None else ended
-        rows = torch.cat(made, 1) if made else ids[:, :0]
-        return [row if stop is None else _until(row, stop) for row in rows]
-
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """[T_i] token ids each -> ids and mask [B, T], padding on the left; ConfigError when a row is empty."""
@@ -125,6 +114,148 @@ def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _until(row: Tensor, stop: int) -> Tensor:
-    places = (row == stop).nonzero()
-    return row[: int(places[0]) + 1] if len(places) else row
+class Session:
+    """A decoder that `lowprec export` has written, for `onnx` or `onnxruntime`.
+
+    Args:
+        path: the folder, or the model.onnx in it.
+        threads: 0 for as many as there are cores.
+
+    Attributes:
+        positions: how many tokens a sequence may have; None where nothing says.
+        stop: tokens that end an answer, from generation_config.json.
+
+    Raises:
+        ArtifactError: no decoder of lowprec's there, or none that onnxruntime loads.
+        ConfigError: onnxruntime is too old for the form.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        self.path = _file_of(Path(path))
+        self._session = open_session(self.path, threads)
+        facts = self._session.get_modelmeta().custom_metadata_map
+        if facts.get("lowprec.kind") != "decoder":
+            raise ArtifactError(self.path, "is no decoder that lowprec has written; " + EXPORT_FIRST)
+        self.vocabulary = int(self._session.get_outputs()[0].shape[2])
+        config, generation = (_json(self.path.parent / name) for name in ("config.json", "generation_config.json"))
+        self.positions: int | None = config.get("max_position_embeddings", config.get("n_positions"))
+        ends = generation.get("eos_token_id", config.get("eos_token_id"))
+        self.stop: tuple[int, ...] = tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the folder.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        if not (self.path.parent / "tokenizer_config.json").exists():
+            raise ArtifactError(self.path.parent, "has no tokenizer; give token ids")
+        return transformers.AutoTokenizer.from_pretrained(self.path.parent, local_files_only=True)
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the model expects after each token of texts that are given whole.
+
+        Args:
+            ids: [B, T] tokens.
+            mask: [B, T] 0 where padding stands, on either side; None for nowhere.
+
+        Returns:
+            [B, T, V] float32, of no use at padding.
+
+        Raises:
+            ConfigError: tokens that the model does not know, or more of them than it has positions for.
+        """
+        given = torch.ones_like(ids) if mask is None else mask
+        self._check(ids, ids.shape[1])
+        return torch.from_numpy(Run(self._session, len(ids)).step(_int64(ids), _int64(given)))
+
+    def generate(self, prompts: Sequence[Tokens], tokens: int = 128, **choice: Any) -> list[list[int]]:
+        """Continues prompts of any lengths as one batch; arguments and errors as of `stream`.
+
+        Returns:
+            The new tokens of each prompt; the last is a stop token where one ended it.
+        """
+        made: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream(prompts, tokens, **choice):
+            for row, token in zip(made, step, strict=True):
+                row += [] if token is None else [token]
+        return made
+
+    def stream(
+        self,
+        prompts: Sequence[Tokens],
+        tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        chunk: int = CHUNK,
+    ) -> Iterator[list[int | None]]:
+        """Continues prompts of any lengths as one batch, a token of each at a time.
+
+        Args:
+            prompts: token ids of each.
+            tokens: how many are made at most.
+            temperature, top_p, seed: `lowprec.onnx.sampling.Sampler`; at temperature 0 the likeliest token is taken.
+            stop: tokens that end an answer; None for those of the model's own configuration.
+            chunk: prompts are read in parts of so many tokens, which bounds the memory that they need.
+
+        Yields:
+            The next token of each prompt, None where its answer has ended.
+
+        Raises:
+            ConfigError: no prompt, an empty one, tokens that the model does not know, more than it has positions for;
+                a number that makes no sense.
+        """
+        sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
+        if tokens < 0 or chunk < 1:
+            raise ConfigError(f"{tokens} tokens in parts of {chunk} were asked for; give 0 or more, and 1 or more")
+        ids, mask = left_padded([torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts])
+        self._check(ids, ids.shape[1] + tokens)
+        ends = set(self.stop if stop is None else stop)
+        return self._stream(_int64(ids), _int64(mask), tokens, sampler, ends, chunk)
+
+    def _stream(
+        self, ids: Array, mask: Array, tokens: int, sampler: Sampler, ends: set[int], chunk: int
+    ) -> Iterator[list[int | None]]:
+        batch, width = ids.shape
+        run = Run(self._session, batch, capacity=width + tokens)
+        ended = [False] * batch
+        seen = np.concatenate([mask, np.ones((batch, tokens), dtype=np.int64)], axis=1)
+        for start in range(0, width if tokens else 0, chunk):
+            end = min(start + chunk, width)
+            logits = run.step(ids[:, start:end], seen[:, :end], keep=1)
+        for made in range(1, tokens + 1):
+            chosen = sampler.choose(logits[:, -1])
+            yield [None if over else int(token) for over, token in zip(ended, chosen, strict=True)]
+            ended = [over or int(token) in ends for over, token in zip(ended, chosen, strict=True)]
+            if all(ended) or made == tokens:
+                return
+            logits = run.step(chosen[:, None], seen[:, : width + made], keep=1)
+
+    def _check(self, ids: Tensor, length: int) -> None:
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(
+                f"{length} tokens are asked for, the model has positions for {self.positions}; give fewer"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            raise ConfigError(f"tokens run from {int(ids.min())} to {int(ids.max())}, the model has {self.vocabulary}")
+
+
+def _file_of(path: Path) -> Path:
+    file = path / MODEL if path.is_dir() else path
+    if not file.exists():
+        raise ArtifactError(path, f"has no {MODEL}; {EXPORT_FIRST}")
+    return file
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def _int64(tensor: Tensor) -> Array:
+    numbers: Array = tensor.to(torch.int64).contiguous().numpy()
+    return numbers

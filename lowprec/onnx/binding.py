@@ -1,0 +1,67 @@
+"""Steps of a decoder in onnxruntime, its cache bound as input and output: no key or value passes through Python."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from lowprec.onnx.matching import Array
+from lowprec.onnx.padding import KEEP
+
+
+class Run:
+    """A batch that a decoder goes on with; its cache is handed from step to step without a copy.
+
+    Args:
+        session: of a decoder.
+        batch: how many rows.
+        capacity: tokens that the cache has room for. Attention that is told how long each row is keeps it in one
+            place then; where the graph joins old and new (or at 0) it grows.
+    """
+
+    def __init__(self, session: Any, batch: int, capacity: int = 0) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._keeps = any(i.name == KEEP for i in session.get_overridable_initializers())
+        self._past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        self._outputs = [o.name for o in session.get_outputs()]
+        room = capacity if self._keeps else 0
+        self._cache = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, i.shape[1], room, i.shape[3]), dtype=np.float32))
+            for i in self._past
+        ]
+        self._grows = room == 0
+        if not self._grows:
+            for given, made, value in zip(self._past, self._outputs[1:], self._cache, strict=True):
+                self._binding.bind_ortvalue_input(given.name, value)
+                self._binding.bind_ortvalue_output(made, value)
+
+    def step(self, ids: Array, mask: Array, keep: int = 0) -> Array:
+        """Goes on.
+
+        Args:
+            ids: [B, T] int64, the next tokens.
+            mask: [B, P + T] int64, 1 for real tokens, 0 for padding, those in the cache first.
+            keep: of how many last columns logits are wanted, where the graph can leave out others; 0 for all.
+
+        Returns:
+            Logits [B, T or keep, V].
+        """
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+        if self._keeps:
+            self._binding.bind_cpu_input(KEEP, np.array([keep], dtype=np.int64))
+        self._binding.bind_output(self._outputs[0])
+        if self._grows:
+            for given, made, value in zip(self._past, self._outputs[1:], self._cache, strict=True):
+                self._binding.bind_ortvalue_input(given.name, value)
+                self._binding.bind_output(made)
+        self._session.run_with_iobinding(self._binding)
+        found = dict(zip(self._binding_names(), self._binding.get_outputs(), strict=True))
+        if self._grows:
+            self._cache = [found[name] for name in self._outputs[1:]]
+        logits: Array = found[self._outputs[0]].numpy()
+        return logits
+
+    def _binding_names(self) -> list[str]:
+        """Outputs in the order in which they were bound for the first time."""
+        return self._outputs if self._grows else [*self._outputs[1:], self._outputs[0]]

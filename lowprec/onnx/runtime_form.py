@@ -1,0 +1,158 @@
+"""The form for onnxruntime on CPUs: the canonical graph in onnxruntime's own operators, as few as will do.
+
+    planned layers   `products`: MatMulNBits, one for q, k, v and one for gate, up
+    embeddings       `tables`: GatherBlockQuantized, codes shared with a tied head
+    norms            `norms`: SkipSimplifiedLayerNormalization and its kin
+    attention        `attention`: GroupQueryAttention with angles and cache inside, padding taken out by `padding`
+    SiLU             `activations`: QuickGelu
+
+At decoding a small model spends as much time between nodes as in them. What cannot be rewritten stays in its plain
+form, with the reason; a planned layer must be rewritten.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
+
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.onnx.activations import fuse_silu
+from lowprec.onnx.attention import to_fused_attention
+from lowprec.onnx.graph import Graph, tidy
+from lowprec.onnx.matching import Mismatch
+from lowprec.onnx.nbits import DOMAIN, EXACT, FAST, AccuracyLevel
+from lowprec.onnx.norms import find_norms, settle_norms
+from lowprec.onnx.places import find_places
+from lowprec.onnx.products import to_products
+from lowprec.onnx.tables import to_coded_tables
+from lowprec.records import Scheme
+
+PER_BLOCK = "int8-block"
+"""What the names of activation formats that MatMulNBits has begin with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RuntimeForm:
+    """A graph in onnxruntime's operators, and what stayed plain.
+
+    Attributes:
+        slow: layers whose weights onnxruntime multiplies in float32.
+        tables: layer -> why its rows, which an embedding reads, are in float32.
+        plain_attention: why attention is in plain operators; None where it is not.
+    """
+
+    graph: Graph
+    layers: tuple[str, ...]
+    slow: tuple[str, ...]
+    tables: Mapping[str, str]
+    plain_attention: str | None
+
+
+def to_runtime(
+    graph: Graph, solved: Mapping[str, QuantizedWeight], levels: Mapping[str, AccuracyLevel], positions: int | None
+) -> RuntimeForm:
+    """Makes a traced graph onnxruntime's.
+
+    Args:
+        graph: as it was traced; not to be used afterwards.
+        solved: layer -> its weight in codes; empty for a graph in float32.
+        levels: layer -> accuracy level.
+        positions: how many tokens a decoder has places for; None: no decoder.
+
+    Raises:
+        UnsupportedError: planned layers that are not where they should be.
+    """
+    places = find_places(graph, solved)
+    slow = to_products(graph, solved, places, levels)
+    tables = to_coded_tables(graph, solved, places)
+    tidy(graph)
+    graph.model.graph.opset_imports[DOMAIN] = 1
+    find_norms(graph.model)
+    made, plain = graph, None
+    if positions is not None:
+        # A copy: half of a rewrite is of no use.
+        made = Graph(model=graph.model.clone(), kind=graph.kind, aliases=graph.aliases)
+        try:
+            to_fused_attention(made, positions)
+        except Mismatch as reason:
+            made, plain = graph, str(reason)
+    settle_norms(made.model)
+    fuse_silu(made.model)
+    RemoveUnusedNodesPass()(made.model)
+    layers = tuple(layer for layer, place in places.items() if place.products)
+    return RuntimeForm(graph=made, layers=layers, slow=slow, tables=tables, plain_attention=plain)
+
+
+def levels_of(schemes: Mapping[str, Scheme], accuracy: str) -> dict[str, AccuracyLevel]:
+    """Layer -> accuracy level: that of its scheme where `accuracy` is "planned", else the same for all."""
+    if accuracy != "planned":
+        return dict.fromkeys(schemes, EXACT if accuracy == "exact" else FAST)
+    return {layer: FAST if _per_block(scheme) else EXACT for layer, scheme in schemes.items()}
+
+
+def _per_block(scheme: Scheme) -> bool:
+    return (scheme.activation or "").startswith(PER_BLOCK)
+
+
+def positions_of(module: nn.Module) -> int | None:
+    """How many tokens a transformers model has places for, None where it does not say."""
+    config: Any = getattr(module, "config", None)
+    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+@contextlib.contextmanager
+def exact_twin(file: Path) -> Iterator[Path]:
+    """A copy of the graph at `file`, over the same weights, that rounds no input; only while open."""
+    model = onnx.load(file, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = EXACT
+    twin = file.with_name("exact.onnx")
+    onnx.save(model, twin)
+    try:
+        yield twin
+    finally:
+        twin.unlink()
+
+
+def runtime_notes(
+    schemes: Mapping[str, Scheme], levels: Mapping[str, AccuracyLevel], form: RuntimeForm
+) -> tuple[str, ...]:
+    """What this form does otherwise than the artefact that was scored, and what in it is slow."""
+    notes = []
+    fast = [layer for layer in form.layers if levels[layer] == FAST and layer not in form.slow]
+    if unscored := sorted({schemes[layer].name for layer in fast if not _per_block(schemes[layer])}):
+        notes.append(f"{', '.join(unscored)}: inputs are rounded to INT8 block by block, as they were not when scored")
+    plain = [schemes[layer] for layer in form.layers if layer not in fast]
+    if rounding := sorted({s.name for s in plain if s.activation is not None}):
+        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
+    if any(WEIGHT_FORMATS[str(s.weight)].bits == 3 for s in schemes.values() if s.weight is not None):
+        notes.append("3-bit weights are stored in 4 bits")
+    if form.slow:
+        notes.append(f"{_some(form.slow)}: onnxruntime has no kernel for FP8 on CPUs and multiplies in float32, slowly")
+    eight = [
+        layer for layer in form.layers if layer not in fast and WEIGHT_FORMATS[str(schemes[layer].weight)].bits == 8
+    ]
+    if slow := [layer for layer in eight if layer not in form.slow]:
+        notes.append(
+            f"{_some(slow)}: onnxruntime has no kernel for INT8 weights and inputs in float32; it makes the weights "
+            "float32 at each step, slowly"
+        )
+    notes += [
+        f"{layer}: rows that an embedding reads are in float32: {reason}" for layer, reason in form.tables.items()
+    ]
+    if form.plain_attention is not None:
+        notes.append(f"attention is in plain operators: {form.plain_attention}")
+    notes.append("weights that are not in codes are float32")
+    return tuple(notes)
+
+
+def _some(layers: Sequence[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
