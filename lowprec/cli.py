@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from lowprec.errors import LowprecError
+from lowprec.errors import ConfigError, LowprecError
 from lowprec.records import Workload
 from lowprec.version import __version__
 
@@ -137,23 +137,35 @@ def calibrate(
 def export(
     source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of its artefact.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export is replaced.")],
-    target: Annotated[str, typer.Option(help="What is written: onnx, onnxruntime.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help="What is written: onnx, onnxruntime; ascend, migraphx, qnn, tensorrt, webgpu.")
+    ] = "onnx",
     accuracy: Annotated[
         str,
         typer.Option(help="Inputs of integer weights in onnxruntime: planned, exact (float32), fast (INT8 blocks)."),
     ] = "planned",
+    form: Annotated[str | None, typer.Option(help="Form of a target that has several: qnn a16w8, a8w8, ...")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of a call, for forms of fixed sizes.")] = None,
+    past: Annotated[int | None, typer.Option(help="Tokens in the cache before it, for forms of fixed sizes.")] = None,
 ) -> None:
     """Write a finished run's model for another runtime, and check it there.
 
     --debug anywhere shows tracebacks.
     """
-    from lowprec.onnx import check_target, export_onnx
+    from lowprec.onnx import EXPORT_TARGETS, check_target, export_onnx
     from lowprec.report import RunProgress, numbers
+    from lowprec.targets.exporting import EXPORTERS, export_for
 
     _quiet_libraries()
-    check_target(target, accuracy)
+    known = (*EXPORT_TARGETS, *EXPORTERS)
+    check_target(target, accuracy, known)
     with RunProgress() as progress, progress.step("export"):
-        written = export_onnx(source, out, target=target, accuracy=accuracy)
+        if target in EXPORTERS:
+            written = export_for(target, source, out, form=form, sequence=sequence, past=past)
+        elif form or sequence or past:
+            raise ConfigError(f"the target {target} has one form, of free sizes: give no --form, --sequence or --past")
+        else:
+            written = export_onnx(source, out, target=target, accuracy=accuracy)
     size = numbers.plain(numbers.byte_size(written.bytes))
     Console().print(
         f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}; outputs in onnxruntime within "
