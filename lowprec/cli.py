@@ -8,14 +8,14 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from lowprec.errors import LowprecError
+from lowprec.errors import ConfigError, LowprecError
 from lowprec.records import Workload
 from lowprec.version import __version__
 
@@ -139,23 +139,35 @@ def calibrate(
 def export(
     source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of its artefact.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export is replaced.")],
-    target: Annotated[str, typer.Option(help="What is written: onnx, onnxruntime.")] = "onnx",
+    target: Annotated[
+        str, typer.Option(help="What is written: onnx, onnxruntime; ascend, migraphx, qnn, tensorrt, webgpu.")
+    ] = "onnx",
     accuracy: Annotated[
         str,
         typer.Option(help="Inputs of integer weights in onnxruntime: planned, exact (float32), fast (INT8 blocks)."),
     ] = "planned",
+    form: Annotated[str | None, typer.Option(help="Form of a target that has several: qnn a16w8, a8w8, ...")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of a call, for forms of fixed sizes.")] = None,
+    past: Annotated[int | None, typer.Option(help="Tokens in the cache before it, for forms of fixed sizes.")] = None,
 ) -> None:
     """Write a finished run's model for another runtime, and check it there.
 
     --debug anywhere shows tracebacks.
     """
-    from lowprec.onnx import check_target, export_onnx
+    from lowprec.onnx import EXPORT_TARGETS, check_target, export_onnx
     from lowprec.report import RunProgress, numbers
+    from lowprec.targets.exporting import EXPORTERS, export_for
 
     _quiet_libraries()
-    check_target(target, accuracy)
+    known = (*EXPORT_TARGETS, *EXPORTERS)
+    check_target(target, accuracy, known)
     with RunProgress() as progress, progress.step("export"):
-        written = export_onnx(source, out, target=target, accuracy=accuracy)
+        if target in EXPORTERS:
+            written = export_for(target, source, out, form=form, sequence=sequence, past=past)
+        elif form or sequence or past:
+            raise ConfigError(f"the target {target} has one form, of free sizes: give no --form, --sequence or --past")
+        else:
+            written = export_onnx(source, out, target=target, accuracy=accuracy)
     size = numbers.plain(numbers.byte_size(written.bytes))
     Console().print(
         f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}; outputs in onnxruntime within "
@@ -288,12 +300,17 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|compressed_tensors)\b.*")
 
 
-def main() -> None:
-    """Entry point of the command `lowprec`; `--debug` anywhere shows tracebacks."""
-    debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Entry point of the command `lowprec`; `--debug` anywhere shows tracebacks.
+
+    Args:
+        arguments: None for those of the process.
+        program: what usage lines call it; None for the process's own name.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=[a for a in given if a != "--debug"], prog_name=program, standalone_mode=True)
     except LowprecError as error:
         if debug:
             raise

@@ -7,7 +7,7 @@ scheme, `layers` times and runs single ones. All but this file need the packages
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,16 @@ RUNTIME_NEEDED = {**NEEDED, "onnxruntime": "1.32"}
 """The form for onnxruntime takes more: padding is told to GroupQueryAttention by an input that is new there."""
 
 
-def check_target(name: str, accuracy: str = "planned") -> None:
+def check_target(name: str, accuracy: str = "planned", known: Sequence[str] = EXPORT_TARGETS) -> None:
     """Raises ConfigError when nothing can be exported for a target called `name` at such an accuracy."""
-    if name not in EXPORT_TARGETS:
-        raise ConfigError(f"unknown export target {name!r}: {closest(name, EXPORT_TARGETS)}")
+    if name not in known:
+        raise ConfigError(f"unknown export target {name!r}: {closest(name, known)}")
     if accuracy not in ACCURACIES:
         raise ConfigError(f"unknown accuracy {accuracy!r}: {closest(accuracy, ACCURACIES)}")
-    if name == "onnx" and accuracy != "planned":
-        raise ConfigError(f"the target onnx leaves it to the runtime how inputs are rounded: no accuracy {accuracy!r}")
+    if name != "onnxruntime" and accuracy != "planned":
+        raise ConfigError(
+            f"the target {name} leaves it to the runtime how inputs are rounded: no accuracy {accuracy!r}"
+        )
 
 
 def require_extra(needed: Mapping[str, str] = NEEDED) -> None:

@@ -66,7 +66,7 @@ class OnnxArtefact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Source:
+class Source:
     """An artefact as it was loaded: in float32, inputs not rounded."""
 
     path: Path
@@ -86,8 +86,8 @@ def write_onnx(
 ) -> OnnxArtefact:
     """See `lowprec.onnx.export_onnx`."""
     path = artefact_of(source)
-    _check_place(out, path)
-    loaded = _loaded(path, module, inputs)
+    check_place(out, path)
+    loaded = load_source(path, module, inputs)
     size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
     # Made inside of it, so that a folder that cannot be written is known before the work, and a failure leaves nothing.
     form = _canonical if target == "onnx" else partial(_for_runtime, accuracy=accuracy)
@@ -96,7 +96,7 @@ def write_onnx(
 
 def write_unquantised(module: nn.Module, out: Path) -> OnnxArtefact:
     """Writes a model of transformers, in float32, as it is, in the form for onnxruntime: what its codes are held to."""
-    source = _Source(path=out, module=module, tokenizer=None, schemes={}, origin={})
+    source = Source(path=out, module=module, tokenizer=None, schemes={}, origin={})
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     return write_folder(out, size, lambda folder: _fill(folder, out, source, None, _unquantised))
 
@@ -112,14 +112,16 @@ def artefact_of(source: Path) -> Path:
     return source / "model"
 
 
-def _check_place(out: Path, artefact: Path) -> None:
+def check_place(out: Path, artefact: Path) -> None:
+    """Raises ConfigError or ArtifactError where no export may be written to `out`."""
     if artefact.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"{out} is the artefact's own folder; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MODEL).exists():
         raise ArtifactError(out, "holds files that are no earlier ONNX export; choose an empty or a new folder")
 
 
-def _loaded(path: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> _Source:
+def load_source(path: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> Source:
+    """The artefact at `path`; what else is needed of a module's own layers is as for `lowprec.onnx.export_onnx`."""
     manifest = read_manifest(path) if form_of(path) != "compressed-tensors" else None
     facts = _digest(path)
     if manifest is not None and manifest.form == "lowprec-layers":
@@ -137,7 +139,7 @@ def _loaded(path: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] |
     schemes = schemes_of(path) if manifest is None else {layer.name: layer.scheme for layer in manifest.layers}
     origin = _from_plan(path.parent / PLAN) if manifest is None else (manifest.model, manifest.revision)
     facts.update(zip(("model", "source_revision"), origin, strict=False))
-    return _Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts)
+    return Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts)
 
 
 def _digest(path: Path) -> dict[str, str]:
@@ -181,13 +183,13 @@ class _Formed:
     positions: int | None = None
 
 
-def _canonical(graph: Graph, source: _Source) -> _Formed:
+def _canonical(graph: Graph, source: Source) -> _Formed:
     rewritten = to_canonical(graph, read_back(source.path))
     tidy(graph)
     return _Formed(graph=graph, layers=len(rewritten.layers), notes=notes_of(source.schemes, rewritten))
 
 
-def _for_runtime(graph: Graph, source: _Source, accuracy: str) -> _Formed:
+def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
     levels = levels_of(source.schemes, accuracy)
     made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module))
     notes = runtime_notes(source.schemes, levels, made)
@@ -201,7 +203,7 @@ def _for_runtime(graph: Graph, source: _Source, accuracy: str) -> _Formed:
     )
 
 
-def _unquantised(graph: Graph, source: _Source) -> _Formed:
+def _unquantised(graph: Graph, source: Source) -> _Formed:
     made = to_runtime(graph, {}, {}, positions_of(source.module))
     notes, shared = runtime_notes({}, {}, made), made.plain_attention is None
     return _Formed(graph=made.graph, layers=0, notes=notes, shared=shared)
@@ -210,25 +212,25 @@ def _unquantised(graph: Graph, source: _Source) -> _Formed:
 def _fill(
     folder: Path,
     out: Path,
-    source: _Source,
+    source: Source,
     inputs: Mapping[str, Tensor] | None,
-    form: Callable[[Graph, _Source], _Formed],
+    form: Callable[[Graph, Source], _Formed],
 ) -> OnnxArtefact:
     formed = form(graph_of(source.module, inputs), source)
     graph, file = formed.graph, folder / MODEL
-    graph.model.metadata_props.update(_metadata(source, graph.kind, formed.notes))
+    graph.model.metadata_props.update(metadata_of(source, graph.kind, formed.notes))
     if formed.positions is not None:
         graph.model.metadata_props["lowprec.positions"] = str(formed.positions)
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
     graph.model.graph.name = type(source.module).__name__
     ir.save(graph.model, file, external_data=DATA)
-    _write_texts(folder, source, graph)
+    write_texts(folder, source, graph)
     if formed.shared is not None and graph.kind == "decoder":
         config = genai_config(source.module.config, getattr(source.module, "generation_config", None), formed.shared)
         write_text(folder / GENAI, config)
     check_file(file, out)
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
-        error = check_outputs(compared, out, graph.kind, source.module, inputs, _tokens(source))
+        error = check_outputs(compared, out, graph.kind, source.module, inputs, tokens_of(source))
     written = digests.write_digests(folder)
     files = [name for name in (MODEL, DATA) if name in written]
     return OnnxArtefact(
@@ -263,7 +265,8 @@ def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, 
     return tuple(notes)
 
 
-def _metadata(source: _Source, kind: Kind, notes: Sequence[str]) -> dict[str, str]:
+def metadata_of(source: Source, kind: Kind, notes: Sequence[str]) -> dict[str, str]:
+    """The metadata of the module's docstring."""
     schemes = json.dumps({layer: scheme.name for layer, scheme in source.schemes.items()}, sort_keys=True)
     facts = {
         "version": __version__,
@@ -277,13 +280,18 @@ def _metadata(source: _Source, kind: Kind, notes: Sequence[str]) -> dict[str, st
     return {f"lowprec.{name}": value for name, value in facts.items()}
 
 
-def _write_texts(folder: Path, source: _Source, graph: Graph) -> None:
-    if graph.kind == "module":
-        return
+def write_texts(folder: Path, source: Source, graph: Graph) -> None:
+    """Config and tokenizer, of a transformers model."""
+    if graph.kind != "module":
+        write_config(folder, source, torch.float32)
+
+
+def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
+    """Config, of a model whose weights have this type, and tokenizer."""
     config: Any = source.module.config
     left_out = ("quantization_config", "_name_or_path")
     plain = type(config).from_dict({name: v for name, v in config.to_dict().items() if name not in left_out})
-    plain.dtype = torch.float32
+    plain.dtype = dtype
     plain.save_pretrained(folder)
     if (source.path / "generation_config.json").exists():
         shutil.copyfile(source.path / "generation_config.json", folder / "generation_config.json")
@@ -291,7 +299,7 @@ def _write_texts(folder: Path, source: _Source, graph: Graph) -> None:
         source.tokenizer.save_pretrained(folder)
 
 
-def _tokens(source: _Source) -> Tensor:
+def tokens_of(source: Source) -> Tensor:
     """[W, T] token ids: of the probe set if there is one, else of no meaning."""
     if (source.path / probe.FILE_NAME).exists():
         return probe.load_probe(source.path).tokens

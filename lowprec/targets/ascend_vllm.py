@@ -1,0 +1,121 @@
+"""The folder that vllm-ascend loads: safetensors and quant_model_description.json.
+
+    NAME.weight         [N, K] int8, codes of the plan        NAME.weight_scale   [N, 1] bfloat16
+    NAME.weight_offset  [N, 1] bfloat16, zeros                everything else in bfloat16
+
+The description says W8A8_DYNAMIC of each of these tensors, and FLOAT of every other one. Inputs are rounded per token
+by vllm-ascend itself. Layers of other formats than INT8 per channel are in bfloat16, with the values of their codes.
+
+Source: github.com/vllm-project/vllm-ascend, vllm_ascend/quantization (quant_config.py, w8a8_dynamic.py).
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowprec.artifacts import digests
+from lowprec.artifacts.compressed_tensors import write_folder
+from lowprec.artifacts.folder import atomic_write, write_text
+from lowprec.artifacts.loading import read_back
+from lowprec.artifacts.safetensors_io import tensor_entries, write_safetensors
+from lowprec.errors import ArtifactError, UnsupportedError
+
+if TYPE_CHECKING:
+    from lowprec.formats import QuantizedWeight
+    from lowprec.onnx.folder import OnnxArtefact, Source
+
+DESCRIPTION, METHOD, FLOAT = "quant_model_description.json", "W8A8_DYNAMIC", "FLOAT"
+WEIGHTS = "model.safetensors"
+REMEDY = "run lowprec calibrate --schemes int8"
+VERIFIED = "not verified on hardware: names, types and shapes are those that vllm-ascend's loader asks for"
+
+
+def write_vllm(source: Path, out: Path) -> "OnnxArtefact":
+    """Writes an artefact of a language model as vllm-ascend loads it.
+
+    Raises:
+        UnsupportedError: no language model, or no layer in INT8.
+        ArtifactError: a damaged artefact, or a folder that cannot be written.
+    """
+    from lowprec.onnx import require_extra
+
+    require_extra()
+    from lowprec.onnx.folder import artefact_of, load_source
+
+    path = artefact_of(source)
+    if path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ArtifactError(out, "is the artefact's own folder; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / DESCRIPTION).exists():
+        raise ArtifactError(
+            out, "holds files that are no earlier export for vllm-ascend; choose an empty or a new folder"
+        )
+    loaded = load_source(path, None, None)
+    solved = read_back(path)
+    coded = {layer: w for layer, w in solved.items() if w.format == "int8" and not _is_table(loaded.module, layer)}
+    if not hasattr(loaded.module, "lm_head") and not hasattr(loaded.module, "generate"):
+        raise UnsupportedError(
+            "vllm-ascend serves language models", (f"{type(loaded.module).__name__} is none", REMEDY)
+        )
+    if not coded:
+        raise UnsupportedError(
+            "no layer of the plan has INT8 weights per channel, the only codes of this form", (REMEDY,)
+        )
+    size = sum(p.numel() * 2 for p in loaded.module.parameters())
+    return write_folder(out, size, lambda folder: _fill(folder, out, loaded, coded, solved))
+
+
+def _is_table(module: Any, layer: str) -> bool:
+    """Whether an embedding reads the layer's rows, as vllm-ascend keeps them in floats."""
+    inputs, head = module.get_input_embeddings(), module.get_output_embeddings()
+    named = dict(module.named_modules())[layer]
+    return named is inputs or (named is head and head.weight is inputs.weight)
+
+
+def _fill(
+    folder: Path, out: Path, source: "Source", coded: "dict[str, QuantizedWeight]", solved: "dict[str, QuantizedWeight]"
+) -> "OnnxArtefact":
+    from lowprec.onnx.folder import OnnxArtefact, write_config
+
+    tensors: dict[str, Tensor] = {}
+    told: dict[str, str] = {}
+    config: Any = source.module.config
+    tied = config.get_text_config().tie_word_embeddings
+    for name, value in source.module.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in coded and name.endswith(".weight"):
+            weight = coded[layer]
+            scale = weight.scale.to(torch.bfloat16)
+            parts = {"weight": weight.codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+            tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            told |= {f"{layer}.{part}": METHOD for part in parts}
+        elif not (tied and layer == "lm_head"):
+            tensors[name] = value.to(torch.bfloat16).contiguous() if value.is_floating_point() else value
+            told[name] = FLOAT
+    entries = tensor_entries(tensors)
+    atomic_write(folder / WEIGHTS, lambda file: write_safetensors(file, entries, {"format": "pt"}))
+    write_text(folder / DESCRIPTION, json.dumps({"model_quant_type": METHOD, **told}, indent=1))
+    write_config(folder, source, torch.bfloat16)
+    notes = [f"serve it with: vllm serve {out} --quantization ascend"]
+    if others := sorted({source.schemes[layer].name for layer in set(solved) - set(coded)}):
+        notes.append(f"{', '.join(others)}: in bfloat16 here, with the values of their codes")
+    if unrounded := sorted({source.schemes[x].name for x in coded if source.schemes[x].activation is None}):
+        notes.append(f"{', '.join(unrounded)}: inputs are rounded to INT8 per token here, as they were not when scored")
+    notes.append(VERIFIED)
+    facts = {
+        "form": "vllm", "target": "ascend", "verified": VERIFIED, "notes": notes, **source.origin,
+        "schemes": {layer: scheme.name for layer, scheme in source.schemes.items()},
+    }  # fmt: skip
+    write_text(folder / "lowprec_export.json", json.dumps(facts, indent=1))
+    digested = digests.write_digests(folder)
+    return OnnxArtefact(
+        path=out,
+        kind="decoder",
+        layers=len(coded),
+        bytes=(folder / WEIGHTS).stat().st_size,
+        largest_error=0.0,
+        notes=tuple(notes),
+        digest=digested[WEIGHTS],
+    )

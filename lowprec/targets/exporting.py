@@ -1,0 +1,103 @@
+"""Targets whose runtime is not here: each writes a form that its documentation describes, checked as far as it can be.
+
+What every one of them does: planned layers that are not found in the graph, and operators that the runtime does not
+list, are errors; ONNX's checker and shape inference pass over what was written; how far its outputs are from the
+artefact's is measured on the artefact's probe text; and what was not verified on hardware says so, in the metadata of
+the file and in the notes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowprec.errors import ConfigError
+from lowprec.registry import Registry, closest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lowprec.onnx.folder import OnnxArtefact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """What is to be written.
+
+    Attributes:
+        source: the folder of a finished run, or that of its artefact.
+        form: one of the exporter's.
+        sequence, past: tokens of a call and of the cache before it, where sizes are fixed; None for the target's own.
+        module, inputs: as for `lowprec.onnx.export_onnx`.
+    """
+
+    source: Path
+    out: Path
+    form: str
+    sequence: int | None = None
+    past: int | None = None
+    module: "nn.Module | None" = None
+    inputs: "Mapping[str, Tensor] | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Exporter:
+    """A target and the forms that it can be given.
+
+    Attributes:
+        forms: names; the first is written when none is asked for.
+        fixed: forms of fixed sizes.
+        write: writes one.
+    """
+
+    name: str
+    forms: tuple[str, ...]
+    write: "Callable[[Request], OnnxArtefact]"
+    fixed: tuple[str, ...] = ()
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text: a list of operators as it stands in a target's file."""
+    return frozenset(text.split())
+
+
+EXPORTERS: Registry[Exporter] = Registry("export target", "lowprec.targets")
+
+
+def export_for(
+    target: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    form: str | None = None,
+    sequence: int | None = None,
+    past: int | None = None,
+    module: "nn.Module | None" = None,
+    inputs: "Mapping[str, Tensor] | None" = None,
+) -> "OnnxArtefact":
+    """Writes an artefact for a runtime that is not on this machine.
+
+    Args:
+        target: a name of `EXPORTERS`.
+        source: the folder of a finished run, or that of its artefact.
+        out: the folder to write; an existing one must be empty or an earlier export.
+        form: one of the target's; None for its first.
+        sequence, past: tokens of a call and of the cache before it, for forms of fixed sizes; None for the default.
+        module, inputs: as for `lowprec.onnx.export_onnx`.
+
+    Raises:
+        ConfigError: an unknown target or form, or sizes for a form that has none.
+        UnsupportedError: the model, or a layer of it, has no form there; reasons.
+        ArtifactError: a damaged artefact, or a folder that cannot be written.
+    """
+    found = EXPORTERS[target]
+    chosen = form or found.forms[0]
+    if chosen not in found.forms:
+        raise ConfigError(f"unknown form {chosen!r} of {target}: {closest(chosen, found.forms)}")
+    if chosen not in found.fixed and (sequence or past):
+        raise ConfigError(f"sizes are free in the form {chosen} of {target}: give neither sequence nor past")
+    return found.write(
+        Request(
+            source=Path(source), out=Path(out), form=chosen, sequence=sequence, past=past, module=module, inputs=inputs
+        )
+    )
