@@ -19,9 +19,11 @@ SCHEMA_VERSION = 1
 Origin = Literal["measured", "modelled"]
 Verdict = Literal["within", "over", "inconclusive"]
 Objective = Literal["time", "bytes", "dollars"]
-ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers", "onnxruntime"]
-"""What a folder holds: "lowprec-layers" are quantised layers alone, for a module that the user has; "onnxruntime" is
-what that runtime loads, made from an artefact of another form."""
+ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers", "onnxruntime", "openvino"]
+"""What a folder holds: "lowprec-layers" are quantised layers alone, for a module that the user has; for `OF_RUNTIMES`
+see there."""
+OF_RUNTIMES: tuple[ArtefactForm, ...] = ("onnxruntime", "openvino")
+"""What one runtime loads, through the target of the same name; made from an artefact of another form."""
 R = TypeVar("R")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowprec.artifacts.folder import write_text
-from lowprec.records import ArtefactForm, PrecisionPlan, Verdict
+from lowprec.records import OF_RUNTIMES, ArtefactForm, PrecisionPlan, Verdict
 from lowprec.results import REUSED, CostResult, LossResult, SchemeShare
 
 FILE_NAME = "README.md"
@@ -31,6 +31,8 @@ LOADING: dict[ArtefactForm, str] = {
     "know this form. runtime=True keeps the codes packed in memory and runs lowprec's kernels.",
     "onnxruntime": "With onnxruntime on a CPU: model.onnx rounds inputs as each layer was scored, whatever a session "
     "is told. With its extra onnx, lowprec calls it as transformers' models are called.",
+    "openvino": "With OpenVINO on a CPU: openvino_model.xml says how inputs are rounded, as they were scored. With its "
+    "extra openvino, lowprec calls it as transformers' models are called.",
 }
 """How each form is loaded, in words; `load_snippet` has the code."""
 
@@ -47,12 +49,12 @@ def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
     auto = "AutoModelForCausalLM" if decoder else "AutoModel"
     if form == "lowprec":
         return f"import lowprec\n\nfolder = {folder}\nmodel, tokenizer = lowprec.load_artefact(folder)"
-    if form == "onnxruntime":
+    if form in OF_RUNTIMES:
         return (
             "from pathlib import Path\n\nfrom transformers import AutoTokenizer\n\n"
             "from lowprec.targets import target_for\n\n"
             f"folder = {folder}\n"
-            'model = target_for("onnxruntime").load(Path(folder), room=256)\n'
+            f'model = target_for("{form}").load(Path(folder), room=256)\n'
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         )
     if form == "lowprec-layers":

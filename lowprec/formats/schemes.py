@@ -4,7 +4,8 @@ A scheme changes the numbers; two kernels that compute the same numbers are form
 `w4a16`, `w4a8-*` and `w3a16` without a group size mean: the largest of 128, 64, 32 that divides K. `w4a16-asym` is
 INT4 with zero points. `w4a16-rows25` is for tables of a vocabulary alone: INT4 with the 25 % of rows that matter most
 in INT8 (`lowprec.formats.rows`). `w4a8-block` and `w8a8-block` round inputs to INT8 block by block
-(`lowprec.formats.block`): the blocks of INT4 weights are their groups, those of INT8 weights are 128 long.
+(`lowprec.formats.block`): the blocks of INT4 weights are their groups, those of INT8 weights are 128 long;
+`w4a8-block64` and `w8a8-block64` have blocks of 64, whatever the weights have.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ ROW_PERCENTS = (6, 12, 25, 50)
 ROWS = "-rows"
 ASYMMETRIC = "-asym"
 BLOCK = "-block"
+FIXED_BLOCK = 64
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -48,6 +50,12 @@ def _schemes() -> dict[str, Scheme]:
         blocks = f"int8{BLOCK}{size.removeprefix('-g') or GROUP_SIZES[0]}"
         found.append(Scheme(name=f"w4a8{BLOCK}{size}", family="int4", weight=f"int4{size}", activation=blocks))
         found.append(Scheme(name=f"w4a8{BLOCK}{zero}", family="int4-asym", weight=f"int4{zero}", activation=blocks))
+    fixed = f"{BLOCK}{FIXED_BLOCK}"
+    found.append(Scheme(name=f"w8a8{fixed}", family="int8", weight="int8", activation=f"int8{fixed}"))
+    found += [
+        Scheme(name=f"w4a8{fixed}{size}", family="int4", weight=f"int4{size}", activation=f"int8{fixed}")
+        for size in ("", *(f"-g{g}" for g in GROUP_SIZES if g % FIXED_BLOCK == 0))
+    ]
     return {scheme.name: scheme for scheme in found}
 
 
@@ -70,7 +78,7 @@ def schemes_of_family(family: str) -> list[Scheme]:
 
 
 def per_block(scheme: Scheme) -> bool:
-    """Whether inputs are rounded block by block, which onnxruntime alone does."""
+    """Whether inputs are rounded block by block, which onnxruntime and OpenVINO do."""
     return scheme.activation is not None and BLOCK in scheme.activation
 
 
@@ -110,12 +118,14 @@ def resolve(scheme: Scheme, k: int) -> Scheme:
         if reason:
             raise UnsupportedError(f"scheme {scheme.name} does not fit K = {k}", (reason,))
         return scheme
-    for size in GROUP_SIZES:
+    prefix = scheme.name.partition(ROWS)[0].removesuffix(ASYMMETRIC)
+    sized = {size: f"{prefix}-g{size}{scheme.name.removeprefix(prefix)}" for size in GROUP_SIZES}
+    known = tuple(size for size, name in sized.items() if name in SCHEMES)
+    for size in known:
         if k % size == 0:
-            prefix = scheme.name.partition(ROWS)[0].removesuffix(ASYMMETRIC)
-            return scheme_named(f"{prefix}-g{size}{scheme.name.removeprefix(prefix)}")
+            return SCHEMES[sized[size]]
     raise UnsupportedError(
-        f"scheme {scheme.name} does not fit K = {k}", (f"none of the group sizes {GROUP_SIZES} divides {k}",)
+        f"scheme {scheme.name} does not fit K = {k}", (f"none of the group sizes {known} divides {k}",)
     )
 
 

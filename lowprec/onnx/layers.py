@@ -27,6 +27,10 @@ from lowprec_kernels.timing import Timing, copies_for, time_interleaved
 
 Product = Callable[[ir.Graph, ir.Value, str, QuantizedWeight], list[ir.Node]]
 Weight = QuantizedWeight | Tensor
+Opened = Callable[[ir.Model, int], Any]
+"""(graph, threads) -> a session."""
+Bound = Callable[[Any, "np.ndarray[Any, Any]", int, int], Callable[[int], object]]
+"""(session, x [M, K], N, copies) -> a run."""
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 # Layers so small that they need more stay in the cache in their model, too.
 MOST_COPIES = 128
@@ -108,19 +112,23 @@ def time_products(
     ms: Sequence[int],
     threads: int,
     seconds_per_candidate: float,
+    opened: Opened | None = None,
+    bound: Bound | None = None,
 ) -> dict[tuple[str, int], Timing]:
     """Microseconds of one product x[m, k] @ w[n, k]^T, all candidates interleaved, weights cold.
 
     Args:
         candidates: name -> product and weight format; None for float32.
+        opened, bound: what opens a graph and what runs it, of another runtime than onnxruntime.
     """
+    opened, bound = opened or open_layers, bound or _bound
     sizes = {name: _bytes(made, n, k) for name, made in candidates.items()}
     copies = min(copies_for(sum(sizes.values())), MOST_COPIES)
-    sessions = {name: _session(made, n, k, copies, threads) for name, made in candidates.items()}
+    sessions = {name: opened(_copied(made, n, k, copies), threads) for name, made in candidates.items()}
     found: dict[tuple[str, int], Timing] = {}
     for m in ms:
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).numpy()
-        runs = {name: _bound(session, x, n, copies) for name, session in sessions.items()}
+        runs = {name: bound(session, x, n, copies) for name, session in sessions.items()}
         timed = time_interleaved(runs, seconds_per_candidate=seconds_per_candidate, min_runs=5)
         for name, t in timed.items():
             found[name, m] = Timing(
@@ -133,13 +141,12 @@ def _bytes(made: tuple[Product, str] | None, n: int, k: int) -> float:
     return 4.0 * n * k if made is None else n * WEIGHT_FORMATS[made[1]].bytes_per_row(k)
 
 
-def _session(made: tuple[Product, str] | None, n: int, k: int, copies: int, threads: int) -> Any:
+def _copied(made: tuple[Product, str] | None, n: int, k: int, copies: int) -> ir.Model:
     if made is None:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
-        return open_layers(layer_model(None, [dense.roll(number) for number in range(copies)]), threads)
+        return layer_model(None, [dense.roll(number) for number in range(copies)])
     weight = random_weight(made[1], n, k)
-    copied = [dataclasses.replace(weight, codes=weight.codes.roll(number)) for number in range(copies)]
-    return open_layers(layer_model(made[0], copied), threads)
+    return layer_model(made[0], [dataclasses.replace(weight, codes=weight.codes.roll(i)) for i in range(copies)])
 
 
 def _bound(session: Any, x: "np.ndarray[Any, Any]", n: int, copies: int) -> Callable[[int], object]:

@@ -4,6 +4,7 @@ Files keep the full numbers; only the terminal and report.html use these. A no-b
 so that a line never ends between them; `plain` turns it into a blank where text is read by programs.
 """
 
+from lowprec.records import OF_RUNTIMES
 from lowprec.results import CostResult, Report
 
 MINUS = "\N{MINUS SIGN}"
@@ -120,4 +121,4 @@ def workload(result: CostResult) -> str:
 
 def runtime(report: Report) -> str:
     """What ran the model, in words."""
-    return report.target if report.artefact_form == "onnxruntime" else "our kernels"
+    return report.target if report.artefact_form in OF_RUNTIMES else "our kernels"

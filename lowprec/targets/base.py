@@ -5,6 +5,7 @@ loads from them is a module that is called as transformers' models are: so the s
 functions judge it, as if it were computed by torch.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -117,6 +118,14 @@ def weight_bytes(scheme: Scheme, n: int, k: int) -> int:
     if scheme.weight is None:
         return BF16_BYTES * n * k
     return round(n * WEIGHT_FORMATS[scheme.weight].bytes_per_row(k))
+
+
+def installed(package: str) -> str:
+    """The version of a package, for what a report calls the device; also said where `require` would refuse."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def unfit(scheme: Scheme, k: int) -> str | None:

@@ -5,7 +5,6 @@ that share an input and a scheme as one product, as they are written. The baseli
 are as many as torch has. Packages of the extra `onnx` are imported when they are needed.
 """
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lowprec.formats import ACTIVATION_FORMATS, QuantizedWeight, resolve
 from lowprec.onnx import RUNTIME_NEEDED, export_onnx, require_extra
 from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
-from lowprec.targets.base import TARGETS, Progress, unfit, weight_bytes
+from lowprec.targets.base import TARGETS, Progress, installed, unfit, weight_bytes
 
 if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact
@@ -48,7 +47,7 @@ class OnnxRuntimeTarget:
     @property
     def device(self) -> str:
         """Version, processor and threads."""
-        version, threads = importlib.metadata.version("onnxruntime"), torch.get_num_threads()
+        version, threads = installed("onnxruntime"), torch.get_num_threads()
         capability = torch.backends.cpu.get_cpu_capability()
         return f"cpu (onnxruntime {version}, {platform.machine()}, {capability}, {threads} threads)"
 
