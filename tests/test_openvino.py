@@ -17,6 +17,7 @@ from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedEr
 from lowprec.formats import SCHEMES, WEIGHT_FORMATS, resolve, scheme_named
 from lowprec.onnx.session import left_padded
 from lowprec.openvino.form import block_of
+from lowprec.openvino.layers import block_for
 from lowprec.openvino.module import MODEL, OpenVinoModule
 from lowprec.targets import TARGETS, RuntimeTarget
 
@@ -161,3 +162,12 @@ def test_a_whole_run_is_judged_as_openvino_runs_it(tmp_path: Path) -> None:
     folder = Path(report.artefact)
     model = openvino.Core().read_model(str(folder / MODEL))
     assert block_of(model) == ("64" if any(g.scheme != "bf16" for g in report.groups) else "0")
+
+
+def test_one_rule_of_rounding_for_the_whole_model() -> None:
+    rounds, exact = scheme_named("w4a8-block64-g64"), scheme_named("w4a16-g64")
+    assert block_for({"a": rounds, "b": rounds}) == 64
+    assert block_for({"a": exact}) == block_for({}) == 0
+    with pytest.raises(UnsupportedError, match="a: w4a16-g64") as caught:
+        block_for({"a": exact, "b": rounds})
+    assert "lowprec calibrate --target openvino" in caught.value.reasons[-1]

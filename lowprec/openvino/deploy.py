@@ -10,25 +10,28 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import openvino
+import torch
 from torch import nn
 
 from lowprec.artifacts import digests
 from lowprec.artifacts.compressed_tensors import write_folder
-from lowprec.errors import UnsupportedError
+from lowprec.errors import ArtifactError
 from lowprec.formats import SCHEMES
 from lowprec.onnx import export_onnx
 from lowprec.onnx.folder import DATA as ONNX_DATA
 from lowprec.onnx.folder import MODEL as ONNX_MODEL
+from lowprec.onnx.folder import OnnxArtefact
 from lowprec.onnx.graph import graph_of, tidy
 from lowprec.openvino.form import read_onnx, to_openvino
-from lowprec.openvino.layers import block_for, refuses
-from lowprec.openvino.module import DATA, MODEL
+from lowprec.openvino.layers import block_for
+from lowprec.openvino.module import DATA, MODEL, OpenVinoModule
 from lowprec.records import Deployed, Scheme, digest
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -41,12 +44,28 @@ def deploy(artefact: Path, out: Path) -> Deployed:
         UnsupportedError: a scheme or model that OpenVINO cannot hold, with the reasons.
         ArtifactError: a damaged artefact, a folder that cannot be written, or a graph that is not valid.
     """
+    return _deploy(artefact, out)[0]
+
+
+def export(source: Path, out: Path) -> OnnxArtefact:
+    """Writes a run's artefact for OpenVINO, and loads it there; see `deploy` for the errors.
+
+    Its error is that of the canonical graph that it is made from, in onnxruntime against torch.
+    """
+    deployed, exported = _deploy(source, out)
+    module = OpenVinoModule(out)
+    found = module(torch.ones(1, 3, dtype=torch.long))
+    if not all(bool(value.isfinite().all()) for value in vars(found).values() if isinstance(value, torch.Tensor)):
+        raise ArtifactError(out, "gives NaN or infinite outputs in OpenVINO")
+    notes = (*deployed.notes, "the difference is that of the graph that it is made from; OpenVINO loads and runs it")
+    return replace(exported, path=out, bytes=deployed.weight_bytes, digest=deployed.digest, notes=notes)
+
+
+def _deploy(artefact: Path, out: Path) -> tuple[Deployed, OnnxArtefact]:
     with tempfile.TemporaryDirectory() as place:
         exported = export_onnx(artefact, Path(place) / "onnx")
         schemes = _schemes(exported.path / ONNX_MODEL)
-        if reasons := [f"{layer}: {why}" for layer, scheme in schemes.items() if (why := refuses(scheme))]:
-            raise UnsupportedError("OpenVINO does not compute these layers as they were scored", tuple(reasons))
-        return _write(exported.path, out, block_for(schemes.values()), exported.bytes)
+        return _write(exported.path, out, block_for(schemes), exported.bytes), exported
 
 
 def deploy_unquantised(module: nn.Module, out: Path) -> Deployed:

@@ -14,7 +14,7 @@ that of `lowprec.formats.block`, to the last bit of the sums).
 """
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import openvino
 import torch
 from torch import Tensor
 
+from lowprec.errors import UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.schemes import BLOCK, FIXED_BLOCK
 from lowprec.onnx.canonical import dequantised
@@ -49,9 +50,21 @@ def refuses(scheme: Scheme) -> str | None:
     return None
 
 
-def block_for(schemes: Iterable[Scheme]) -> int:
-    """The size of blocks that a model in these schemes has, 0 where nothing is in codes."""
-    return FIXED_BLOCK if any(scheme.weight is not None for scheme in schemes) else 0
+def block_for(schemes: Mapping[str, Scheme]) -> int:
+    """The size of the blocks that inputs are rounded in, one for the model; 0 where none are rounded.
+
+    Args:
+        schemes: layer -> resolved scheme, of the layers in codes.
+
+    Raises:
+        UnsupportedError: some are, and some are not or otherwise.
+    """
+    if all(scheme.activation is None for scheme in schemes.values()):
+        return 0
+    if reasons := [f"{layer}: {why}" for layer, scheme in schemes.items() if (why := refuses(scheme))]:
+        remedy = "lowprec calibrate --target openvino makes a plan that it computes"
+        raise UnsupportedError("OpenVINO does not compute these layers as they were scored", (*reasons, remedy))
+    return FIXED_BLOCK
 
 
 def product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight) -> list[ir.Node]:
@@ -75,6 +88,7 @@ def run_layer(weight: QuantizedWeight, x: Tensor) -> Tensor:
 
 
 def bound(request: Any, x: "np.ndarray[Any, Any]", n: int, copies: int) -> Callable[[int], object]:
-    """A run with its input in place, so that nothing but the products is timed."""
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+    """A run with its inputs in place, so that nothing but the products is timed."""
+    for number in range(copies):
+        request.set_tensor(f"x{number}", openvino.Tensor(x, shared_memory=True))
     return lambda _: request.infer()

@@ -8,7 +8,7 @@ when they are needed.
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from lowprec.onnx import require_extra as require_onnx
 from lowprec.openvino import require_extra
 from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
 from lowprec.targets.base import TARGETS, Progress, installed, unfit, weight_bytes
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request
+
+if TYPE_CHECKING:
+    from lowprec.onnx.folder import OnnxArtefact
 
 KERNEL = "FullyConnected"
 
@@ -158,4 +162,13 @@ class OpenVinoTarget:
         return OpenVinoModule(path, threads=torch.get_num_threads())
 
 
+def write(request: Request) -> "OnnxArtefact":
+    """An artefact of a run for OpenVINO, checked by running it: see `lowprec.openvino.deploy`."""
+    OpenVinoTarget().require()
+    from lowprec.openvino.deploy import export
+
+    return export(request.source, request.out)
+
+
 TARGETS.register("openvino", OpenVinoTarget())
+EXPORTERS.register("openvino", Exporter(name="openvino", forms=("planned",), write=write))
