@@ -47,13 +47,15 @@ class Method:
 class Cost:
     """What a method took: `seconds` from the loaded to the rounded model, `peak_bytes` of its process.
 
-    `processor_seconds` are those of all threads together; None of methods that ran before they were counted.
+    `processor_seconds` are those of all threads together, `loaded_bytes` what libraries and the loaded model take; None
+    of methods that ran before they were counted.
     """
 
     method: str
     seconds: float
     processor_seconds: float | None
     peak_bytes: int
+    loaded_bytes: int | None
 
 
 def cost_of(method: Method, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def cost_of(method: Method, measured: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": measured["seconds"],
         "processor_seconds": measured.get("processor_seconds"),
         "peak_bytes": measured["peak_bytes"],
+        "loaded_bytes": measured.get("loaded_bytes"),
     }
 
 

@@ -88,6 +88,7 @@ OURS = (
     replace(COMPENSATED, scheme="w4a16-g64", weighted=True),
     replace(COMPENSATED, scheme="w4a16-g64", two_sided=True),
     replace(COMPENSATED, scheme="w4a16-g64", rotated=True),
+    replace(COMPENSATED, scheme="w4a16-g64", two_sided=True, rotated=True),
     replace(LEARNED, scheme="w4a16-g64"),
     replace(HEALED, scheme="w4a16-g64"),
     replace(HEALED, scheme="w4a16-g64", smoothed=True),

@@ -8,6 +8,11 @@ with the head that shares its weight, is as calibration rounded it, before all e
 
 With `learning`, the codes and scales of a block are learned (`lowprec.steps.learn`) once its groups are rounded.
 
+Left out: choosing for each group what is taken into account, by the error of its outputs on text that nothing is fitted
+to. Tried in a prototype on SmolLM2-135M (INT4 g64, 16 windows of 512 tokens to fit, 8 held back, the 16 groups of the
+first four blocks): both sides' Hessians with the drift erred least in all sixteen, so choosing doubles the work and
+changes nothing. Without what is known of outputs the error was 1.1 to 2.5 times as large, without the drift 1.0 to 3.2.
+
 All of it is statistics, so it is computed in bfloat16 where the processor multiplies that fast; what comes of it is
 measured in float32 like everything else. A killed pass resumes at the block that was cut, and reads solved groups back.
 """
