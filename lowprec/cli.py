@@ -160,6 +160,94 @@ def export(
         Console().print(f"note: {_escape(note)}", soft_wrap=True)
 
 
+@app.command()
+@_interruptible("interrupted: nothing was written")
+def simulate(
+    ladder: Annotated[Path, typer.Option(help="JSON of the model's ladder: rungs with loss and step times.")],
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="poisson, burst-step, burst-ramp, burst-train, diurnal; or a CSV file with the columns arrival "
+            "(seconds or date), prompt, output (tokens) and, if wanted, effort. BurstGPT's and Azure's names are known."
+        ),
+    ] = "burst-step",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for simulation.json and simulation.html.")] = Path(
+        "lowprec-simulation"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of a made trace; the same seed gives the same result.")] = 0,
+    slo_ttft: Annotated[
+        float | None,
+        typer.Option(
+            help="Objective: seconds to the first token. Left out: 10 times an idle server's at the top rung."
+        ),
+    ] = None,
+    slo_tpot: Annotated[
+        float | None,
+        typer.Option(help="Objective: seconds per token after it. Left out: 1.5 times a full step's at the top rung."),
+    ] = None,
+    percentile: Annotated[float, typer.Option(help="Share of requests that is to meet the objectives.")] = 0.95,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Loss allowed, in nats per token over any 10,000 tokens. Left out: half way between top and bottom."
+        ),
+    ] = None,
+    burst_share: Annotated[
+        float, typer.Option(help="Share of the budget that may be saved up and spent at once.")
+    ] = 0.5,
+    slots: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 8,
+    chunk: Annotated[int, typer.Option(help="Tokens of prompts that one pass reads.")] = 512,
+    load: Annotated[float, typer.Option(help="Made traces: base rate, 1 being all the top rung can serve.")] = 0.5,
+    peak: Annotated[float, typer.Option(help="Made traces: rate at the peak, in the same unit.")] = 1.2,
+    seconds: Annotated[float, typer.Option(help="Made traces: length.")] = 300.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Made traces: mean tokens of a prompt.")] = 256,
+    output_tokens: Annotated[int, typer.Option(help="Made traces: mean tokens of an answer.")] = 128,
+    effort: Annotated[
+        str, typer.Option(help="How low requests may be taken: low, medium, high; or shares, low:0.7,high:0.3.")
+    ] = "low",
+    speedup: Annotated[float, typer.Option(help="CSV: how many times as fast its requests arrive.")] = 1.0,
+    static: Annotated[
+        list[str] | None, typer.Option(help="Rung to compare with; repeatable. Left out: the top and the bottom.")
+    ] = None,
+    truth: Annotated[float, typer.Option(help="How many times as long as the ladder says passes really take.")] = 1.0,
+) -> None:
+    """Replay arrivals through the controller that moves precision at run time, against fixed rungs and an oracle.
+
+    --debug anywhere shows tracebacks.
+    """
+    from lowprec.ladder import read_ladder
+    from lowprec.report.simulation import print_comparison, write_simulation
+    from lowprec.runtime.spending import LossBudget
+    from lowprec.simulate.study import Load, default_budget, parse_efforts, study
+    from lowprec.simulate.traces import Lengths
+
+    rungs = read_ladder(ladder)
+    nats = default_budget(rungs).nats_per_token if budget is None else budget
+    found = study(
+        rungs,
+        trace,
+        load=Load(
+            base=load,
+            peak=peak,
+            seconds=seconds,
+            lengths=Lengths(prompt=prompt_tokens, output=output_tokens),
+            efforts=parse_efforts(effort),
+        ),
+        slots=slots,
+        chunk=chunk,
+        truth=truth,
+        ttft_s=slo_ttft,
+        tpot_s=slo_tpot,
+        percentile=percentile,
+        budget=LossBudget(nats_per_token=nats, burst_share=burst_share),
+        statics=static,
+        speedup=speedup,
+        seed=seed,
+    )
+    page = write_simulation(found, out)
+    print_comparison(found, Console(), report_path=str(page))
+
+
 def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|compressed_tensors)\b.*")
