@@ -1,21 +1,24 @@
 """Step times of the rungs of a ladder, on this machine's CPU: a decoder whose blocks are in INT8 or INT4.
 
-The decoder has the sizes of Llama-3.2-1B's blocks and random codes, so that its weights are far beyond the last-level
-cache; a time does not depend on what the codes are. Both levels are held side by side here, as two weights: what a
-nested format would hold as one. Every rung is measured, none is interpolated; rungs take turns, so that what else the
-machine does meets all of them. The clock counts the processor's seconds of the one thread that computes: on a shared
+The decoder is of Llama's kind, of few wide blocks with random codes: 187 million weights in them, far beyond the
+last-level cache. A time does not depend on what the codes are. Both levels are held side by side here, as two weights:
+what a nested format would hold as one. Every rung is measured, none is interpolated; rungs take turns, so that what else
+the machine does meets all of them. The clock counts the processor's seconds of the one thread that computes: on a shared
 machine it stands still while others run, though not while they use the memory.
 """
 
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
+from lowprec.artifacts.loading import cache_argument
 from lowprec.formats import resolve, scheme_named
 from lowprec.ladder import PassTime, Phase
 from lowprec.runtime import KernelTable, QuantLinear
@@ -32,12 +35,17 @@ HEAD = "lm_head"
 class Sizes:
     """Of the decoder."""
 
-    blocks: int = 8
-    hidden: int = 2048
-    intermediate: int = 8192
-    heads: int = 32
-    kv_heads: int = 8
-    vocabulary: int = 32000
+    blocks: int = 12
+    hidden: int = 1024
+    intermediate: int = 4096
+    heads: int = 16
+    kv_heads: int = 4
+    vocabulary: int = 16384
+
+    def parameters(self) -> int:
+        """Of the linear layers in blocks."""
+        kv = self.kv_heads * self.hidden // self.heads
+        return self.blocks * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
 
 
 class Both(nn.Module):
@@ -86,6 +94,13 @@ def decoder(sizes: Sizes, levels: Sequence[str], seconds: float) -> transformers
     return model.eval()
 
 
+def machine() -> str:
+    """The processor, and what times are in."""
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+
+
 def set_rung(model: nn.Module, low: frozenset[int]) -> None:
     """Puts the blocks of these numbers at the lower level and all others at the higher."""
     for name, module in model.named_modules():
@@ -106,35 +121,31 @@ def measure(
     Prompts are read at the top, so theirs are measured there and hold for every rung.
     """
     taken: dict[tuple[int, Phase, int], list[float]] = {}
+    name, top = cache_argument(model), len(rungs) - 1
+
+    def timed(index: int, phase: Phase, size: int, keep: bool, **given: Any) -> Any:
+        start = time.process_time()
+        output = model(use_cache=True, logits_to_keep=1, **given)
+        if keep:
+            taken.setdefault((index, phase, size), []).append(time.process_time() - start)
+        return getattr(output, name)
+
     with torch.inference_mode():
         for batch in batches:
+            set_rung(model, rungs[top])
+            tokens = torch.randint(0, 1000, (batch, context))
+            cache = timed(top, "prefill", 0, False, input_ids=tokens)
             for repeat in range(repeats + 1):
                 for index, low in enumerate(rungs):
                     set_rung(model, low)
-                    tokens = torch.randint(0, 1000, (batch, context))
-                    if index == 0 or repeat == 0:
-                        cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-                    start = time.process_time()
-                    model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    if repeat:
-                        taken.setdefault((index, "decode", batch), []).append(time.process_time() - start)
-            print(
-                f"decode {batch}: "
-                + ", ".join(f"{1e3 * np.median(taken[i, 'decode', batch]):.1f} ms" for i in range(len(rungs))),
-                flush=True,
-            )
-        set_rung(model, rungs[-1])
-        for tokens_read in prompts:
-            tokens = torch.randint(0, 1000, (1, tokens_read))
-            for repeat in range(max(3, repeats // 3) + 1):
-                start = time.process_time()
-                model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-                if repeat:
-                    taken.setdefault((len(rungs) - 1, "prefill", tokens_read), []).append(time.process_time() - start)
-            print(
-                f"prefill {tokens_read}: {1e3 * np.median(taken[len(rungs) - 1, 'prefill', tokens_read]):.1f} ms",
-                flush=True,
-            )
+                    # The first round lays weights out.
+                    timed(index, "decode", batch, repeat > 0, input_ids=tokens[:, :1], **{name: cache})
+                    cache.crop(-1)
+        set_rung(model, rungs[top])
+        for size in prompts:
+            tokens = torch.randint(0, 1000, (1, size))
+            for repeat in range(max(3, repeats // 2) + 1):
+                timed(top, "prefill", size, repeat > 0, input_ids=tokens)
 
     def times(index: int, phase: Phase, sizes: Sequence[int]) -> tuple[PassTime, ...]:
         found = []
@@ -143,7 +154,6 @@ def measure(
             found.append(PassTime(tokens=size, p20_us=p20, p50_us=p50, p80_us=p80, origin="measured"))
         return tuple(found)
 
-    top = len(rungs) - 1
     return [
         {"decode": times(index, "decode", batches), "prefill": times(top, "prefill", prompts)}
         for index in range(len(rungs))

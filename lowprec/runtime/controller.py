@@ -9,10 +9,10 @@ paid for and its time is compared with the ladder's (`settle`).
     feedback       Measured times of passes scale the ladder's; measured waits scale the predicted ones by a factor that
                    tracks the objective's percentile of measured / predicted (stochastic approximation of a quantile,
                    Robbins and Monro 1951): it rises fast and falls slowly.
-    down           as soon as the wait or the time per token of the present rung comes near its objective, to the
-                   highest rung that meets both and can work off the queue.
-    up             one rung at a time, when the next one would make the tokens that are really made at 85 % of its
-                   capacity and nobody waits, all of it for two seconds.
+    down           as soon as the wait or the time per token of the present rung comes near its objective (later, where
+                   a queue will work itself off), to the highest rung that meets both and can work off the queue.
+    up             half of the way at a time, to the highest rung that would make the tokens that are really made at
+                   85 % of its capacity, when nobody waits, all of it for two seconds.
     between        half a second from switch to switch, never three within a second; and a rung that costs more than
                    the budget earns is entered only with money for two seconds there.
 
@@ -73,22 +73,26 @@ class Tuning:
 
     Attributes:
         dwell_s, hold_s: least time between two switches; how long all must be calm before it goes up.
-        wait_down, wait_up: share of the time to first token, less what an idle server takes, that is waited before
-            going down, and that would be waited at the next rung at most when going up.
-        tpot_down, tpot_up: the same of the time per output token.
+        wait_down, wait_most, wait_up: share of the time to first token, less what an idle server takes, that is waited
+            before going down: where the queue grows, and where it would work itself off; and that would be waited at
+            the next rung at most when going up.
+        tpot_down, tpot_up: share of the time per output token, the same.
+        load_grows: load from which on a queue is taken to grow.
         load_down, load_up: load that a rung is entered with at most, from above and from below.
         ahead_s: how far the growth of the queue is thought ahead.
         reserve_s: how long a rung must be affordable to be entered.
         early_tokens, early_wait: how many tokens of a request are made at the top while less than this share is waited.
-        rate_s, mix_s, expected_prompt, expected_output: see `Demand`.
+        rate_s, longest_rate_s, mix_s, expected_prompt, expected_output: see `Demand`.
     """
 
     dwell_s: float = 0.5
     hold_s: float = 2.0
     wait_down: float = 0.4
+    wait_most: float = 0.7
     wait_up: float = 0.1
     tpot_down: float = 0.95
     tpot_up: float = 0.85
+    load_grows: float = 0.9
     load_down: float = 0.95
     load_up: float = 0.85
     ahead_s: float = 1.0
@@ -96,6 +100,7 @@ class Tuning:
     early_tokens: int = 4
     early_wait: float = 0.2
     rate_s: float = 1.5
+    longest_rate_s: float = 5.0
     mix_s: float = 60.0
     expected_prompt: int = 256
     expected_output: int = 128
@@ -138,6 +143,7 @@ class Controller:
             longest_prompt,
             percentile=objectives.percentile,
             rate_s=self.tuning.rate_s,
+            longest_rate_s=self.tuning.longest_rate_s,
             mix_s=self.tuning.mix_s,
             prompt=self.tuning.expected_prompt,
             output=self.tuning.expected_output,
@@ -221,20 +227,30 @@ class Controller:
         if self._saving and self.bucket.balance >= self.bucket.burst // 2:
             self._saving = False
         free = now - self._last >= tuning.dwell_s and now - self._last_but_one > 1.0
-        if not self._meets(self.rung, reading, tuning.wait_down, tuning.tpot_down):
+        grows = self.demand.arrivals_s * self.demand.work_s[self.rung] >= tuning.load_grows
+        if not self._meets(self.rung, reading, tuning.wait_down if grows else tuning.wait_most, tuning.tpot_down):
             self._calm_since = None
             if free:
                 self._switch(self._lower(reading))
             return
-        above = min(self.rung + 1, self.top)
-        calm = self._meets(above, reading, tuning.wait_up, tuning.tpot_up) and self.demand.load(above) <= tuning.load_up
-        if not calm or self.rung == self.top:
+        calm = self._calm_rung(reading)
+        if calm == self.rung:
             self._calm_since = None
             return
         if self._calm_since is None:
             self._calm_since = now
         if free and now - self._calm_since >= tuning.hold_s:
-            self._switch(above)
+            # Half of the way at a time: what the next rung does to the queue is seen before the last is taken.
+            self._switch(self.rung + (calm - self.rung + 1) // 2)
+
+    def _calm_rung(self, reading: Reading) -> int:
+        """The highest rung, from the present one upwards, at which nobody would wait and there would be room."""
+        tuning, rung = self.tuning, self.rung
+        while rung < self.top and self.demand.load(rung + 1) <= tuning.load_up:
+            if not self._meets(rung + 1, reading, tuning.wait_up, tuning.tpot_up):
+                break
+            rung += 1
+        return rung
 
     def _patience(self, rung: int) -> float:
         """What is left of the time to first token for waiting, at least a tenth of it."""
@@ -311,12 +327,12 @@ class Controller:
             self.tokens[rung] += made * passes
             self.bucket.pay(self.prices[rung], made * passes)
         try:
-            timed = 0.0 < seconds < math.inf and tokens >= 0
-        except TypeError:
-            timed = False
-        if not timed:
+            took = float(seconds)
+        except (TypeError, ValueError, OverflowError):
+            took = math.nan
+        if not 0.0 < took < math.inf:
             self.events[NONSENSE] += 1
         elif phase == "prefill":
-            self.demand.prompts_read(tokens, seconds)
+            self.demand.prompts_read(tokens, took)
         else:
-            self.demand.decoded(rung, made, seconds, passes)
+            self.demand.decoded(rung, made, took, passes)

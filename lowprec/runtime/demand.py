@@ -9,6 +9,7 @@ added up and worked in when some time has gone by: a step that changes nothing m
 """
 
 import math
+from operator import index
 from typing import NamedTuple
 
 from lowprec.ladder import Ladder
@@ -17,6 +18,8 @@ LARGEST_FACTOR = 8.0
 FEW = 8.0
 QUANTILE_STEP = 0.1
 UPDATES_PER_CONSTANT = 15
+TELLING = 12.0
+MOST = 1 << 40
 
 
 class Reading(NamedTuple):
@@ -38,17 +41,16 @@ class Reading(NamedTuple):
 
     def is_sane(self) -> bool:
         """Whether all of it is numbers that can be true."""
-        most = math.inf
         try:
-            return bool(
-                -most < self.now_s < most
-                and 0 <= self.prefill_tokens < most
-                and 0 <= self.decode_tokens < most
-                and 0 <= self.queue_length < most
-                and 0 <= self.oldest_wait_s < most
-                and 0 <= self.admitted < most
+            return (
+                -math.inf < float(self.now_s) < math.inf
+                and 0.0 <= float(self.oldest_wait_s) < math.inf
+                and 0 <= index(self.prefill_tokens) <= MOST
+                and 0 <= index(self.decode_tokens) <= MOST
+                and 0 <= index(self.queue_length) <= MOST
+                and 0 <= index(self.admitted) <= MOST
             )
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
 
 
@@ -59,7 +61,9 @@ class Demand:
         slots: sequences that are decoded together at most.
         longest_prompt: tokens up to which times of passes over prompts are tabulated.
         percentile: of measured over predicted waits that `wait_factor` tracks.
-        rate_s, mix_s: time constants of the rates, and of the mean prompt and output, in seconds.
+        rate_s, longest_rate_s: bounds of the time constant of rates, which is as long as so many requests take that
+            they tell a rate (`TELLING`).
+        mix_s: time constant of the mean prompt and output.
         prompt, output: tokens of a request, until some were seen.
     """
 
@@ -71,11 +75,13 @@ class Demand:
         *,
         percentile: float,
         rate_s: float,
+        longest_rate_s: float,
         mix_s: float,
         prompt: int,
         output: int,
     ) -> None:
-        self.slots, self.percentile, self.rate_s, self.mix_s = slots, percentile, rate_s, mix_s
+        self.slots, self.percentile, self.mix_s = slots, percentile, mix_s
+        self.rate_s, self.longest_rate_s = rate_s, longest_rate_s
         # Prompts are read at the top.
         self.prefill = ladder.seconds("prefill", longest_prompt)[ladder.top]
         self.decode = ladder.seconds("decode", slots)
@@ -122,7 +128,7 @@ class Demand:
     def _work_in(self) -> None:
         """Takes what has been added up since the last time."""
         elapsed, self._elapsed = self._elapsed, 0.0
-        decay = math.exp(-elapsed / self.rate_s)
+        decay = math.exp(-elapsed / min(max(TELLING * self.work_s[-1], self.rate_s), self.longest_rate_s))
         self.arrivals_s = self.arrivals_s * decay + (1 - decay) * max(0, self._arrived) / elapsed
         self.tokens_s = self.tokens_s * decay + (1 - decay) * self._made / elapsed
         # The mean over the last requests, however long ago they were.
@@ -188,7 +194,6 @@ class Demand:
             step = QUANTILE_STEP * (self.percentile - (0.0 if above else 1.0))
             self.wait_factor = min(max(self.wait_factor * math.exp(step), 0.5), LARGEST_FACTOR)
             self._probe = None
-        # A few steps more or less decide a short wait, not what is predicted here.
-        predicted = self.wait_factor * self.queue * self.work_s[rung]
-        if self.queue and predicted > 4 * self.decode[rung][self.slots]:
-            self._probe = (self.queue, reading.now_s, predicted)
+        # When the next slot becomes free is chance; that of half the slots can be predicted.
+        if self.queue >= max(2, self.slots // 2):
+            self._probe = (self.queue, reading.now_s, self.wait_factor * self.queue * self.work_s[rung])

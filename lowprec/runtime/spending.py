@@ -18,6 +18,7 @@ counted: it was not measured.
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from lowprec.errors import ConfigError
 
@@ -63,12 +64,12 @@ class LossBudget:
 
     @property
     def _window(self) -> int:
-        return math.floor(self.nats_per_token * self.window_tokens * NANONATS)
+        return math.floor(Fraction(self.nats_per_token) * self.window_tokens * NANONATS)
 
 
 def price_of(nats: float) -> int:
     """Nanonats of a loss, rounded up."""
-    return math.ceil(nats * NANONATS)
+    return math.ceil(Fraction(nats) * NANONATS)
 
 
 class Bucket:

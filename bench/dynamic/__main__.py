@@ -1,0 +1,153 @@
+"""Precision that moves at run time, measured: a ladder on this machine, and the controller on bursts.
+
+    python -m bench.dynamic ladder MODEL RUN [--out bench/results/ladder_cpu.json]
+    python -m bench.dynamic bursts [--seeds 20] [--out bench/results/dynamic.json]
+    python -m bench.dynamic million
+
+`ladder` measures every rung's step times (`times.py`) and losses (`losses.py`); RUN is a finished `lowprec calibrate`
+of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm traffic;
+the exit code is 1 where a bar of `scenes.py` is missed. `million` times a replay of a million requests.
+"""
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.dynamic.scenes import BARS, SCENES, Scene, SceneResult, run_scene
+from lowprec.ladder import Ladder, PassTime, Rung, read_ladder, write_ladder
+from lowprec.runtime.controller import Controller
+from lowprec.simulate.server import replay
+from lowprec.simulate.traces import make_trace
+
+RESULTS = Path(__file__).parent.parent / "results"
+LADDER, DYNAMIC = RESULTS / "ladder_cpu.json", RESULTS / "dynamic.json"
+LOW = (12, 10, 8, 6, 4, 2, 0)
+BATCHES, PROMPTS, CONTEXT = (1, 2, 3, 4, 6, 8, 12, 16), (16, 32, 64, 128, 256, 512), 128
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def ladder(
+    model: str, run: Path, tokens: int = 8192, repeats: int = 15, out: Annotated[Path, typer.Option()] = LADDER
+) -> None:
+    """Measures a ladder of seven rungs and writes it."""
+    from bench.dynamic import losses, times
+    from lowprec.artifacts.digests import sha256_of
+
+    sizes = times.Sizes()
+    low = [frozenset(range(n)) for n in LOW]
+    taken = times.measure(times.decoder(sizes, times.LEVELS, 0.08), low, BATCHES, PROMPTS, CONTEXT, repeats)
+    lost = losses.measure(model, run, [n / sizes.blocks for n in LOW], tokens)
+    rungs = tuple(
+        Rung(
+            name=f"{n} of {sizes.blocks} in INT4" if n else "INT8",
+            levels=(*((f"blocks.{i}", "int4" if i < n else "int8") for i in range(sizes.blocks)), ("head", "int8")),
+            loss_nats=bounds.estimate,
+            loss_lower=max(0.0, bounds.lower),
+            loss_upper=bounds.upper,
+            loss_origin="measured",
+            **found,
+        )
+        for n, bounds, found in zip(LOW, lost.bounds, taken, strict=True)
+    )
+    made = Ladder(
+        model=f"{Path(model).name}; times of a decoder of {sizes.parameters() / 1e6:.0f} M weights",
+        model_digest=sha256_of(Path(model))[:16],
+        device=times.machine(),
+        levels=("int4", "int8"),
+        context_tokens=CONTEXT,
+        loss_tokens=lost.tokens,
+        confidence=losses.CONFIDENCE,
+        rungs=rungs,
+        notes=(
+            ("times", f"{sizes}, levels {' and '.join(times.LEVELS)} side by side, processor seconds of one thread"),
+            (
+                "losses",
+                f"KL of {Path(model).name} with the same share of its {lost.blocks} blocks in INT4, head in INT8",
+            ),
+        ),
+    )
+    write_ladder(made, out)
+
+
+@app.command()
+def bursts(
+    seeds: int = 20,
+    ladder_path: Annotated[Path, typer.Option("--ladder")] = LADDER,
+    out: Annotated[Path, typer.Option()] = DYNAMIC,
+) -> None:
+    """Replays every scene and writes what came of it."""
+    measured = read_ladder(ladder_path)
+    results = [run_scene(scene, measured, seeds) for scene in SCENES]
+    record = {
+        "bars": dataclasses.asdict(BARS),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "seeds": seeds,
+        "scenes": [dataclasses.asdict(r) for r in results],
+    }
+    out.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    for result in results:
+        _print(result)
+    sys.exit(0 if all(result.meets for result in results) else 1)
+
+
+def _print(result: SceneResult) -> None:
+    scene, console = result.scene, Console(width=150)
+    console.print(
+        f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, capacity {result.top_per_s:.2f} requests/s at the "
+        f"top, {result.bottom_per_s / result.top_per_s:.2f} times that at the bottom; {result.ttft_s:.2f} s, "
+        f"{1e3 * result.tpot_s:.0f} ms; {result.budget_nats:.3f} nats"
+    )
+    table = Table("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)", "worst window",
+                  "switches/s", "back in (most)", "switches when calm")  # fmt: skip
+    for s in result.shapes:
+        table.add_row(
+            s.shape, f"{s.static_violations}", f"{s.violations}", f"{s.oracle_violations}",
+            f"{100 * s.change:+.1f} %", f"{s.static_ttft_p95_s:.2f} s -> {s.ttft_p95_s:.2f} s",
+            f"{s.ttft_ratio:.1f} ({s.least_ttft_ratio:.1f})", f"{s.worst_window_nats:.4f}", f"{s.most_switches_in_a_second}",
+            "never" if s.longest_return_s is None else f"{s.median_return_s:.1f} ({s.longest_return_s:.1f}) s",
+            f"{result.calm_switches}",
+        )  # fmt: skip
+    console.print(table)
+    for missed in result.missed:
+        console.print(f"[red]missed[/]: {missed}")
+
+
+@app.command()
+def million(
+    requests: int = 1_000_000, ladder_path: Annotated[Path, typer.Option("--ladder")] = LADDER, load: float = 0.9
+) -> None:
+    """Times a replay through the controller, in processor seconds and in seconds."""
+    scene: Scene = SCENES[-1]
+    made = scene.setting(read_ladder(ladder_path))
+    trace = make_trace(
+        "diurnal",
+        base_per_s=0.2 * made.top_per_s,
+        peak_per_s=2 * load * made.top_per_s - 0.2 * made.top_per_s,
+        seconds=requests / (load * made.top_per_s),
+        lengths=scene.lengths,
+        seed=0,
+    )
+    policy = Controller(made.ladder, made.objectives, made.budget, slots=scene.slots, longest_prompt=scene.chunk)
+    wall, processor = time.perf_counter(), time.process_time()
+    outcome = replay(trace, made.server, policy)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    tokens = sum(n for _, n in outcome.tokens)
+    print(
+        f"{len(trace):,} requests, {tokens:,} tokens, {policy.switches} switches: {processor:.1f} s of the processor, "
+        f"{wall:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    app()
