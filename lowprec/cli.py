@@ -194,7 +194,7 @@ def simulate(
     ] = None,
     burst_share: Annotated[
         float, typer.Option(help="Share of the budget that may be saved up and spent at once.")
-    ] = 0.5,
+    ] = 0.2,
     slots: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 8,
     chunk: Annotated[int, typer.Option(help="Tokens of prompts that one pass reads.")] = 512,
     load: Annotated[float, typer.Option(help="Made traces: base rate, 1 being all the top rung can serve.")] = 0.5,

@@ -73,7 +73,7 @@ def test_objectives_and_budgets_that_no_rung_meets() -> None:
         Controller(ladder(), Objectives(ttft_s=1.0, tpot_s=0.001), RICH, slots=SLOTS)
     with pytest.raises(ConfigError, match="the shortest prompt takes"):
         Controller(ladder(), Objectives(ttft_s=0.01, tpot_s=0.1), RICH, slots=SLOTS)
-    with pytest.raises(ConfigError, match=r"top rung 'r4' loses up to 0\.0055: give 0\.011 or more"):
+    with pytest.raises(ConfigError, match=r"top rung 'r4' loses up to 0\.0055: give 0\.00688 or more"):
         controller(LossBudget(nats_per_token=0.006))
     with pytest.raises(ConfigError, match="budget of a request"):
         controller(request_budget=LossBudget(nats_per_token=0.006))

@@ -1,12 +1,12 @@
 """Precision that moves at run time, measured: a ladder on this machine, and the controller on bursts.
 
     python -m bench.dynamic ladder MODEL RUN [--out bench/results/ladder_cpu.json]
-    python -m bench.dynamic bursts [--seeds 20] [--out bench/results/dynamic.json]
+    python -m bench.dynamic bursts [--seeds 20] [--workers 2] [--out bench/results/dynamic.json]
     python -m bench.dynamic million
 
 `ladder` measures every rung's step times (`times.py`) and losses (`losses.py`); RUN is a finished `lowprec calibrate`
-of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm traffic;
-the exit code is 1 where a bar of `scenes.py` is missed. `million` times a replay of a million requests.
+of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm
+traffic; the exit code is 1 where a bar of `scenes.py` is missed. `million` times a replay of a million requests.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.dynamic.scenes import BARS, SCENES, Scene, SceneResult, run_scene
-from lowprec.ladder import Ladder, PassTime, Rung, read_ladder, write_ladder
+from lowprec.ladder import Ladder, Rung, read_ladder, write_ladder
 from lowprec.runtime.controller import Controller
 from lowprec.simulate.server import replay
 from lowprec.simulate.traces import make_trace
@@ -82,12 +83,14 @@ def ladder(
 @app.command()
 def bursts(
     seeds: int = 20,
+    workers: int = 2,
     ladder_path: Annotated[Path, typer.Option("--ladder")] = LADDER,
     out: Annotated[Path, typer.Option()] = DYNAMIC,
 ) -> None:
     """Replays every scene and writes what came of it."""
     measured = read_ladder(ladder_path)
-    results = [run_scene(scene, measured, seeds) for scene in SCENES]
+    with ProcessPoolExecutor(workers) as pool:
+        results = [run_scene(scene, measured, seeds, pool) for scene in SCENES]
     record = {
         "bars": dataclasses.asdict(BARS),
         "machine": platform.machine(),
@@ -103,22 +106,29 @@ def bursts(
 
 def _print(result: SceneResult) -> None:
     scene, console = result.scene, Console(width=150)
+    ratio = result.bottom_per_s / result.top_per_s
     console.print(
-        f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, capacity {result.top_per_s:.2f} requests/s at the "
-        f"top, {result.bottom_per_s / result.top_per_s:.2f} times that at the bottom; {result.ttft_s:.2f} s, "
-        f"{1e3 * result.tpot_s:.0f} ms; {result.budget_nats:.3f} nats"
+        f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, capacity {result.top_per_s:.2f} requests/s at "
+        f"the top, {ratio:.2f} times that at the bottom; {result.ttft_s:.2f} s, {1e3 * result.tpot_s:.0f} ms; "
+        f"{result.budget_nats:.3f} nats"
     )
-    table = Table("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)", "worst window",
-                  "switches/s", "back in (most)", "switches when calm")  # fmt: skip
+    names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
+    table = Table(*names, "worst window", "switches/s", "back in (most)")
     for s in result.shapes:
+        back = f"{s.median_return_s:.1f} s"
+        back += " (never)" if s.longest_return_s is None else f" ({s.longest_return_s:.1f} s)"
         table.add_row(
-            s.shape, f"{s.static_violations}", f"{s.violations}", f"{s.oracle_violations}",
-            f"{100 * s.change:+.1f} %", f"{s.static_ttft_p95_s:.2f} s -> {s.ttft_p95_s:.2f} s",
-            f"{s.ttft_ratio:.1f} ({s.least_ttft_ratio:.1f})", f"{s.worst_window_nats:.4f}", f"{s.most_switches_in_a_second}",
-            "never" if s.longest_return_s is None else f"{s.median_return_s:.1f} ({s.longest_return_s:.1f}) s",
-            f"{result.calm_switches}",
-        )  # fmt: skip
+            s.shape,
+            *(str(n) for n in (s.static_violations, s.violations, s.oracle_violations)),
+            f"{100 * s.change:+.1f} %",
+            f"{s.static_ttft_p95_s:.2f} s -> {s.ttft_p95_s:.2f} s",
+            f"{s.ttft_ratio:.1f} ({s.least_ttft_ratio:.1f})",
+            f"{s.worst_window_nats:.4f}",
+            str(s.most_switches_in_a_second),
+            back,
+        )
     console.print(table)
+    console.print(f"calm: {result.calm_switches} switches in {result.calm_requests:,} requests")
     for missed in result.missed:
         console.print(f"[red]missed[/]: {missed}")
 

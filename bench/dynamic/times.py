@@ -2,15 +2,16 @@
 
 The decoder is of Llama's kind, of few wide blocks with random codes: 187 million weights in them, far beyond the
 last-level cache. A time does not depend on what the codes are. Both levels are held side by side here, as two weights:
-what a nested format would hold as one. Every rung is measured, none is interpolated; rungs take turns, so that what else
-the machine does meets all of them. The clock counts the processor's seconds of the one thread that computes: on a shared
-machine it stands still while others run, though not while they use the memory.
+what a nested format would hold as one. Every rung is measured, none is interpolated; rungs take turns, so that what
+else the machine does meets all of them. The clock counts the processor's seconds of the one thread that computes: on a
+shared machine it stands still while others run, though not while they use the memory.
 """
 
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,10 @@ def decoder(sizes: Sizes, levels: Sequence[str], seconds: float) -> transformers
 
 def machine() -> str:
     """The processor, and what times are in."""
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread"
 
 
 def set_rung(model: nn.Module, low: frozenset[int]) -> None:

@@ -40,7 +40,7 @@ class LossBudget:
 
     nats_per_token: float
     window_tokens: int = 10_000
-    burst_share: float = 0.5
+    burst_share: float = 0.2
 
     def __post_init__(self) -> None:
         if not (_is_number(self.nats_per_token) and 0.0 < self.nats_per_token <= MOST_NATS):
@@ -50,7 +50,7 @@ class LossBudget:
         if not _is_number(self.window_tokens) or self.window_tokens < 1:
             raise ConfigError(f"a window of {self.window_tokens!r} tokens: give 1 or more, for example 10000")
         if not (_is_number(self.burst_share) and 0.0 <= self.burst_share < 1.0):
-            raise ConfigError(f"burst share {self.burst_share!r} is outside [0, 1): give for example 0.5")
+            raise ConfigError(f"burst share {self.burst_share!r} is outside [0, 1): give for example 0.2")
 
     @property
     def rate(self) -> int:

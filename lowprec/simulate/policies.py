@@ -13,7 +13,7 @@ from lowprec.runtime.demand import Reading
 from lowprec.runtime.spending import Account, Bucket, LossBudget, price_of
 from lowprec.simulate.traces import Trace
 
-FORESIGHT_S = 30.0
+FORESIGHT_S, LOOKS_S = 30.0, 0.1
 
 
 class Policy(Protocol):
@@ -80,10 +80,10 @@ class Static:
 class Foresight(Controller):
     """An oracle: it knows every arrival of the next 30 s, and how long each request's prompt and answer are.
 
-    At each reading it works through them, and through who waits already, as a fluid in order of arrival, and takes the
-    highest rung at which nobody waits longer than half of what the objective leaves. It switches at once, as often as
-    it likes, needs no margin for what it cannot know, and makes early tokens at any rung. It pays from the same budget
-    but does not plan for it. That is perfect knowledge with a simple rule, not the best of all schedules.
+    Ten times a second it works through them, and through who waits already, as a fluid in order of arrival, and takes
+    the highest rung at which nobody waits longer than half of what the objective leaves. It switches at once, as often
+    as it likes, needs no margin for what it cannot know, and makes early tokens at any rung. It pays from the same
+    budget but does not plan for it. That is perfect knowledge with a simple rule, not the best of all schedules.
     """
 
     trace: Trace
@@ -91,7 +91,7 @@ class Foresight(Controller):
 
     def follow(self, trace: Trace) -> "Foresight":
         """Reads the trace in advance."""
-        self.trace, self._head, self.spares_early = trace, 0, False
+        self.trace, self._head, self._next_look, self.spares_early = trace, 0, 0.0, False
         decode = [row[self.demand.slots] / self.demand.slots for row in self.demand.decode]
         prefill = np.array([self.demand.prefill_s(int(n)) for n in trace.prompt])
         self._work = [prefill + per_token * trace.output for per_token in decode]
@@ -99,6 +99,9 @@ class Foresight(Controller):
 
     def _choose(self, reading: Reading) -> None:
         self._head += reading.admitted
+        if reading.now_s < self._next_look:
+            return
+        self._next_look = reading.now_s + LOOKS_S
         wanted = self._highest(reading)
         if wanted < self.earned and (self._saving or self.bucket.balance < self._reserve[wanted]):
             self._saving = self.bucket.balance < self.bucket.burst // 2
