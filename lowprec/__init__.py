@@ -12,6 +12,9 @@ token_importance, Compensation, Healing, verify, judge. Most of what they take, 
 groups, schemes, rounder and batches. A `Scratch` is a folder for hidden states; `Model.outcome` says how outputs are
 weighed.
 
+Precision at run time: a `Controller` moves between the rungs of a `Ladder` within a `LossBudget`; `study` replays
+arrivals through it.
+
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         ModelError,
         UnsupportedError,
     )
+    from lowprec.ladder import Ladder, read_ladder
     from lowprec.onnx import export_onnx
     from lowprec.pipeline.artefact import Loaded, export
     from lowprec.pipeline.choose import Chosen, choose
@@ -47,7 +51,10 @@ if TYPE_CHECKING:
     from lowprec.records import Budget, Group, PrecisionPlan, Scheme, Workload
     from lowprec.report.progress import RunProgress
     from lowprec.results import Report
+    from lowprec.runtime.controller import Controller, Objectives
+    from lowprec.runtime.spending import LossBudget
     from lowprec.settings import Effort, Settings, effort_named
+    from lowprec.simulate.study import study
     from lowprec.steps.allocate import Option, allocate, frontier
     from lowprec.steps.calibrate import calibrate
     from lowprec.steps.compensate import Compensation
@@ -74,15 +81,19 @@ _HOME = {
     "Compensation": "steps.compensate:Compensation",
     "ConfigError": "errors:ConfigError",
     "Context": "pipeline.context:Context",
+    "Controller": "runtime.controller:Controller",
     "DataError": "errors:DataError",
     "Effort": "settings:Effort",
     "Group": "records:Group",
     "Healing": "steps.heal:Healing",
+    "Ladder": "ladder:Ladder",
     "Loaded": "pipeline.artefact:Loaded",
+    "LossBudget": "runtime.spending:LossBudget",
     "LowprecError": "errors:LowprecError",
     "Measured": "steps.verify:Measured",
     "Model": "steps.load:Model",
     "ModelError": "errors:ModelError",
+    "Objectives": "runtime.controller:Objectives",
     "Option": "steps.allocate:Option",
     "PrecisionPlan": "records:PrecisionPlan",
     "Prepared": "pipeline.prepare:Prepared",
@@ -119,10 +130,12 @@ _HOME = {
     "prepare": "pipeline.prepare:prepare",
     "price": "pipeline.price:price",
     "prove": "pipeline.prove:prove",
+    "read_ladder": "ladder:read_ladder",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
     "sources": "steps.sources:read_sources",
     "split": "steps.data:split",
+    "study": "simulate.study:study",
     "summarise": "pipeline.summarise:summarise",
     "token_importance": "steps.importance:token_importance",
     "verify": "steps.verify:verify",
@@ -139,15 +152,19 @@ __all__ = [
     "Compensation",
     "ConfigError",
     "Context",
+    "Controller",
     "DataError",
     "Effort",
     "Group",
     "Healing",
+    "Ladder",
     "Loaded",
+    "LossBudget",
     "LowprecError",
     "Measured",
     "Model",
     "ModelError",
+    "Objectives",
     "Option",
     "PrecisionPlan",
     "Prepared",
@@ -185,10 +202,12 @@ __all__ = [
     "prepare",
     "price",
     "prove",
+    "read_ladder",
     "score",
     "sensitivity",
     "sources",
     "split",
+    "study",
     "summarise",
     "token_importance",
     "verify",
