@@ -108,8 +108,8 @@ def _print(result: SceneResult) -> None:
     scene, console = result.scene, Console(width=150)
     ratio = result.bottom_per_s / result.top_per_s
     console.print(
-        f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, {result.top_per_s:.2f} requests/s at the top's "
-        f"capacity, {ratio:.2f} times that at the bottom; {result.ttft_s:.2f} s, {1e3 * result.tpot_s:.0f} ms; "
+        f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, capacity {result.top_per_s:.2f} "
+        f"requests/s at the top, {ratio:.2f} times that at the bottom; {result.ttft_s:.2f} s, {1e3 * result.tpot_s:.0f} ms; "
         f"{result.budget_nats:.3f} nats"
     )
     names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
