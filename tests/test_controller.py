@@ -1,6 +1,7 @@
 """The controller: what it refuses, that serving never makes it raise or chatter, and how it moves."""
 
 import itertools
+import dataclasses
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lowprec.errors import ConfigError
 from lowprec.runtime.controller import BACKWARDS, NONSENSE, PENNILESS, Controller, Objectives, Tuning
 from lowprec.runtime.demand import Reading
-from lowprec.runtime.spending import LossBudget
+from lowprec.runtime.spending import LossBudget, price_of
 from lowprec.simulate.measure import most_within
 from tests.ladders import ladder
 
@@ -251,9 +252,17 @@ def test_a_request_that_has_spent_its_own_budget_rises_alone() -> None:
     assert found.pass_rung("decode", [spender, other]) > 0
 
 
-def test_a_rung_that_is_not_faster_here_is_passed_over() -> None:
-    import dataclasses
+def test_a_rung_costs_what_those_above_it_do_at_least() -> None:
+    whole = ladder()
+    wide = dataclasses.replace(whole.rungs[2], loss_upper=0.2)
+    found = Controller(
+        dataclasses.replace(whole, rungs=(*whole.rungs[:2], wide, *whole.rungs[3:])), OBJECTIVES, RICH, slots=SLOTS
+    )
+    assert found.prices[0] == found.prices[1] == found.prices[2] == price_of(0.2)
+    assert found.prices[3] < found.prices[2]
 
+
+def test_a_rung_that_is_not_faster_here_is_passed_over() -> None:
     whole = ladder()
     # With sixteen sequences the second rung is slower than the top, as INT4 is where arithmetic is the limit.
     slow = dataclasses.replace(

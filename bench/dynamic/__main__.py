@@ -50,7 +50,7 @@ def ladder(
     lost = losses.measure(model, run, [n / sizes.blocks for n in LOW], tokens)
     rungs = tuple(
         Rung(
-            name=f"{n} of {sizes.blocks} in INT4" if n else "INT8",
+            name=f"{n}/{sizes.blocks} INT4" if n else "INT8",
             levels=(*((f"blocks.{i}", "int4" if i < n else "int8") for i in range(sizes.blocks)), ("head", "int8")),
             loss_nats=bounds.estimate,
             loss_lower=max(0.0, bounds.lower),
@@ -109,8 +109,8 @@ def _print(result: SceneResult) -> None:
     ratio = result.bottom_per_s / result.top_per_s
     console.print(
         f"\n[bold]{scene.name}[/] ({result.origin}): {scene.slots} slots, capacity {result.top_per_s:.2f} "
-        f"requests/s at the top, {ratio:.2f} times that at the bottom; {result.ttft_s:.2f} s, {1e3 * result.tpot_s:.0f} ms; "
-        f"{result.budget_nats:.3f} nats"
+        f"requests/s at the top, {ratio:.2f} times that at the bottom; objectives {result.ttft_s:.2f} s and "
+        f"{1e3 * result.tpot_s:.0f} ms; budget {result.budget_nats:.3f} nats"
     )
     names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
     table = Table(*names, "worst window", "switches/s", "back in (most)")

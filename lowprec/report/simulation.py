@@ -59,10 +59,10 @@ def print_comparison(comparison: Comparison, console: Console, *, report_path: s
     c = comparison
     console.print(f"[bold]{escape(headline(c))}[/].", soft_wrap=True)
     table = Table(title=f"{c.requests:,} requests, {numbers.plain(numbers.duration(c.seconds))}; {c.origin} ladder")
-    for name in ("policy", "TTFT p50", "p95", "TPOT p50", "p95", "late", "nats/token", "worst window", "switches"):
+    for name in ("policy", "TTFT p95", "TPOT p95", "late", "nats/token", "worst window", "switches"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for r in c.results:
-        times = [numbers.plain(latency(v)) for v in (r.ttft_s.p50, r.ttft_s.p95, r.tpot_s.p50, r.tpot_s.p95)]
+        times = [numbers.plain(latency(v)) for v in (r.ttft_s.p95, r.tpot_s.p95)]
         losses = [numbers.significant(v) for v in (r.loss_nats, r.worst_window_nats)]
         late = numbers.plain(numbers.part(r.violation_share))
         table.add_row(r.policy, *times, late, *losses, str(r.switches))
@@ -110,12 +110,10 @@ def headline(comparison: Comparison) -> str:
     if not fixed.violations:
         did = "does not switch" if not ours.switches else f"switches {ours.switches} times"
         return f"The top rung alone misses no objective; the controller {did}"
-    change = numbers.percent(ours.violations / fixed.violations - 1, sign=True)
-    faster = numbers.significant(fixed.ttft_s.p95 / ours.ttft_s.p95)
-    return (
-        f"{change} requests that miss an objective, against the top rung alone; the 95th percentile of the time to "
-        f"first token is {faster} times as good"
-    )
+    change = ours.violations / fixed.violations - 1
+    fewer = f"{numbers.percent(abs(change))} {'more' if change > 0 else 'fewer'} requests miss an objective"
+    better = f"{numbers.significant(fixed.ttft_s.p95 / ours.ttft_s.p95)}×"
+    return f"{fewer} than at the top rung alone; the 95th percentile of the time to first token is {better} as good"
 
 
 def figures(comparison: Comparison) -> list[tuple[str, Markup]]:

@@ -31,6 +31,7 @@ import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from lowprec.errors import ConfigError
@@ -135,7 +136,9 @@ class Controller:
         self.ladder, self.objectives, self.tuning = ladder, objectives, tuning or Tuning()
         self.request_budget = request_budget or budget
         self.top = self.rung = ladder.top
-        self.prices = tuple(price_of(rung.loss_upper) for rung in ladder.rungs)
+        # Bounds are noisy: a rung costs at least what those above it do, or what is earned for good has gaps.
+        uppers = accumulate((rung.loss_upper for rung in reversed(ladder.rungs)), max)
+        self.prices = tuple(price_of(nats) for nats in uppers)[::-1]
         self.bucket = Bucket(budget)
         self.demand = Demand(
             ladder,
