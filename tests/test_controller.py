@@ -1,7 +1,7 @@
 """The controller: what it refuses, that serving never makes it raise or chatter, and how it moves."""
 
-import itertools
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys

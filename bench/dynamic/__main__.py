@@ -31,14 +31,14 @@ from lowprec.simulate.traces import make_trace
 RESULTS = Path(__file__).parent.parent / "results"
 LADDER, DYNAMIC = RESULTS / "ladder_cpu.json", RESULTS / "dynamic.json"
 LOW = (12, 10, 8, 6, 4, 2, 0)
-BATCHES, PROMPTS, CONTEXT = (1, 2, 3, 4, 6, 8, 12, 16), (16, 32, 64, 128, 256, 512), 128
+BATCHES, PROMPTS, CONTEXT = (1, 2, 3, 4, 6, 8, 16), (16, 32, 64, 128, 256, 512), 128
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def ladder(
-    model: str, run: Path, tokens: int = 8192, repeats: int = 15, out: Annotated[Path, typer.Option()] = LADDER
+    model: str, run: Path, tokens: int = 4096, repeats: int = 9, out: Annotated[Path, typer.Option()] = LADDER
 ) -> None:
     """Measures a ladder of seven rungs and writes it."""
     from bench.dynamic import losses, times
