@@ -128,7 +128,10 @@ def _print(result: SceneResult) -> None:
             back,
         )
     console.print(table)
-    console.print(f"calm: {result.calm_switches} switches in {result.calm_requests:,} requests")
+    console.print(
+        f"low load: {result.calm_switches} switches in {result.calm_requests:,} requests; half load: "
+        f"{result.half_switches} in {result.half_requests:,}"
+    )
     for missed in result.missed:
         console.print(f"[red]missed[/]: {missed}")
 

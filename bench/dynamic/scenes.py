@@ -2,7 +2,7 @@
 
 A scene is a ladder, so many slots, and requests of some length. Bursts begin at half of what the top rung can serve and
 peak at 1.2 times that, which is at most 0.9 of what the bottom rung can: where the ladder does not span that much, the
-scene is refused. Calm traffic is Poisson at half of the top's capacity.
+scene is refused. Calm traffic is Poisson at 0.3 of the top's capacity (the bar), and at half of it.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lowprec.simulate.measure import capacity
 from lowprec.simulate.server import Server, replay
 from lowprec.simulate.traces import BURSTS, Lengths, make_trace
 
-BASE, PEAK, MOST_OF_BOTTOM = 0.5, 1.2, 0.9
+BASE, PEAK, MOST_OF_BOTTOM, LOW_LOAD = 0.5, 1.2, 0.9, 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +136,8 @@ class SceneResult:
     shapes: tuple[ShapeResult, ...]
     calm_switches: int
     calm_requests: int
+    half_switches: int
+    half_requests: int
     missed: tuple[str, ...]
 
     @property
@@ -171,9 +173,13 @@ def run_scene(scene: Scene, measured: Ladder, seeds: int, pool: Executor) -> Sce
     """Every shape and calm traffic, for each seed."""
     setting = scene.setting(measured)
     jobs = {shape: [pool.submit(_burst, scene, setting, shape, seed) for seed in range(seeds)] for shape in BURSTS}
-    quiet = [pool.submit(_calm, scene, setting, seed) for seed in range(seeds)]
+    quiet, half = (
+        [pool.submit(_calm, scene, setting, load, seed) for seed in range(seeds)] for load in (LOW_LOAD, BASE)
+    )
     shapes = tuple(_shape(setting, shape, [job.result() for job in found]) for shape, found in jobs.items())
-    calm_switches, calm_requests = (sum(counts) for counts in zip(*(job.result() for job in quiet), strict=True))
+    (calm_switches, calm_requests), (half_switches, half_requests) = (
+        [sum(counts) for counts in zip(*(job.result() for job in jobs), strict=True)] for jobs in (quiet, half)
+    )
     return SceneResult(
         scene=scene,
         origin="measured" if all(r.is_measured for r in setting.ladder.rungs) else "modelled",
@@ -185,13 +191,15 @@ def run_scene(scene: Scene, measured: Ladder, seeds: int, pool: Executor) -> Sce
         shapes=shapes,
         calm_switches=calm_switches,
         calm_requests=calm_requests,
+        half_switches=half_switches,
+        half_requests=half_requests,
         missed=tuple(_missed(shapes, calm_switches, setting.budget.nats_per_token)),
     )
 
 
-def _calm(scene: Scene, setting: Setting, seed: int) -> tuple[int, int]:
+def _calm(scene: Scene, setting: Setting, load: float, seed: int) -> tuple[int, int]:
     """Switches and requests of a calm trace."""
-    rate = BASE * setting.top_per_s
+    rate = load * setting.top_per_s
     trace = make_trace(
         "poisson", base_per_s=rate, peak_per_s=rate, seconds=scene.seconds, lengths=scene.lengths, seed=seed
     )

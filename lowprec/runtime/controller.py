@@ -93,7 +93,7 @@ class Tuning:
     wait_up: float = 0.1
     tpot_down: float = 0.95
     tpot_up: float = 0.85
-    load_grows: float = 0.9
+    load_grows: float = 1.0
     load_down: float = 0.95
     load_up: float = 0.85
     ahead_s: float = 1.0
