@@ -1,7 +1,7 @@
 """Runs an exported model in onnxruntime on the CPU: `Session` for text and scores, `OnnxDecoder` step by step.
 
-No activation is rounded that the graph does not round. Left as it is, onnxruntime fuses DequantizeLinear and MatMul into
-a product that rounds its inputs to INT8 block by block (accuracy level 4); level 1 computes in float32.
+No activation is rounded that the graph does not round. Left as it is, onnxruntime fuses DequantizeLinear and MatMul
+into a product that rounds its inputs to INT8 block by block (accuracy level 4); level 1 computes in float32.
 
 Source: onnxruntime.ai/docs, session.qdq_matmulnbits_accuracy_level.
 """
