@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
 from lowprec.onnx.nbits import DOMAIN
-from lowprec.onnx.places import replace_nodes
+from lowprec.onnx.places import replace_nodes, take_place
 
 RMS, LAYER = "SimplifiedLayerNormalization", "LayerNormalization"
 
@@ -30,13 +30,10 @@ def settle_norms(model: ir.Model) -> None:
         if added is not None and _over_the_last_axis(node):
             inputs = [*added.inputs, *node.inputs[1:]]
             made = ir.node(f"Skip{node.op_type}", inputs, epsilon, num_outputs=4, domain=DOMAIN, name=node.name)
-            total = added.outputs[0]
-            made.outputs[3].shape, made.outputs[3].type = total.shape, total.type
             # Where the sum stood: others read it as well.
             model.graph.insert_before(added, made)
-            for old, new in ((total, made.outputs[3]), (node.outputs[0], made.outputs[0])):
-                ir.convenience.replace_all_uses_with(old, new)
-            made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            take_place(added.outputs[0], made.outputs[3])
+            take_place(node.outputs[0], made.outputs[0])
             model.graph.remove([node, added], safe=True)
         elif node.op_type == RMS:
             replace_nodes(

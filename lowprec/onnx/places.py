@@ -105,6 +105,14 @@ def replace_nodes(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node]) -> None:
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
 
 
+def take_place(old: ir.Value, new: ir.Value) -> None:
+    """Gives what reads `old`, be it the graph's own output, `new` under the old name."""
+    name = old.name
+    old.name = f"{name}.before"
+    new.name, new.shape, new.type = name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
 def in_two_widths(
     graph: ir.Graph,
     x: ir.Value,

@@ -19,7 +19,7 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.graph import Graph, constant, lazy_constant
 from lowprec.onnx.nbits import AccuracyLevel, matmul_nbits, merged, refuses_nbits
-from lowprec.onnx.places import Place, in_two_widths, replace_product
+from lowprec.onnx.places import Place, in_two_widths, replace_product, take_place
 from lowprec.onnx.token import matmul_token
 
 TOKEN: Literal["token"] = "token"
@@ -117,9 +117,7 @@ def _replace_together(graph: ir.Graph, parts: list[_Part]) -> None:
     # Where the first stood: the others may not be read before their own places.
     graph.insert_before(parts[0].node, [*made, split])
     for part, output in zip(parts, split.outputs, strict=True):
-        old = part.node.outputs[0]
-        output.name, output.shape, output.type = f"{part.layer}.out", old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, output)
+        take_place(part.node.outputs[0], output)
         graph.remove(part.node, safe=True)
 
 

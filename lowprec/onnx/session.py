@@ -1,7 +1,7 @@
-"""Runs an exported model in onnxruntime on the CPU, exactly: no activation is rounded that the graph does not round.
+"""Runs an exported model in onnxruntime on the CPU: `Session` for text and scores, `OnnxDecoder` step by step.
 
-Left as it is, onnxruntime fuses DequantizeLinear and MatMul into a product that rounds its inputs to INT8 block by
-block (accuracy level 4); level 1 computes in float32.
+No activation is rounded that the graph does not round. Left as it is, onnxruntime fuses DequantizeLinear and MatMul
+into a product that rounds its inputs to INT8 block by block (accuracy level 4); level 1 computes in float32.
 
 Source: onnxruntime.ai/docs, session.qdq_matmulnbits_accuracy_level.
 """
@@ -26,7 +26,8 @@ from lowprec.onnx.sampling import Array, Sampler
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
 MODEL = "model.onnx"
 EXPORT_FIRST = "write one with lowprec export RUN --target onnxruntime --out FOLDER"
-CHUNK = 512
+CHUNK = 256
+"""Attention works on whole squares of a part, so that smaller parts work less; below, products get slower."""
 Cache = list[Tensor]
 Tokens = Sequence[int] | Tensor
 
