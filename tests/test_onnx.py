@@ -125,25 +125,6 @@ def test_padding_on_the_right(decoder: tuple[Any, OnnxDecoder]) -> None:
         torch.testing.assert_close(logits[i, :length], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_greedy_generation_of_a_padded_batch(decoder: tuple[Any, OnnxDecoder]) -> None:
-    model, found = decoder
-    prompts = [tiny.batch(1, length, seed=length)[0] for length in (9, 4, 1)]
-    answers = found.generate(prompts, 6)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        row = prompt
-        for _ in range(6):
-            row = torch.cat([row, alone(model, row)[-1:].argmax(-1)])
-        assert answer.tolist() == row[len(prompt) :].tolist()
-    stop = int(answers[0][2])
-    stopped = found.generate(prompts, 6, stop=stop)
-    for whole, cut in zip(answers, stopped, strict=True):
-        end = whole.tolist().index(stop) + 1 if stop in whole else 6
-        assert cut.tolist() == whole[:end].tolist()
-    assert [len(row) for row in found.generate(prompts, 0)] == [0, 0, 0]
-    with pytest.raises(ConfigError, match="at least one token"):
-        found.generate([prompts[0], torch.empty(0, dtype=torch.long)], 3)
-
-
 def test_an_encoder(tmp_path: Path) -> None:
     model = tiny.encoder()
     session = open_session(saved(graph_of(model), tmp_path), threads=1)

@@ -1,20 +1,33 @@
-"""onnxruntime's own form: its operators compute what the codes say, and the fused graphs what the canonical ones do."""
+"""onnxruntime's own form: its operators compute what the codes say, its graphs answer as torch does at any size."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny
 from lowprec.errors import UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
-from lowprec.onnx.graph import OPSET
+from lowprec.onnx.binding import Run
+from lowprec.onnx.checks import check_file
+from lowprec.onnx.graph import OPSET, Graph, graph_of, tidy
 from lowprec.onnx.nbits import EXACT, FAST, AccuracyLevel, blocks_of, matmul_nbits, merged, refuses_nbits
-from lowprec.onnx.session import open_session, run_session
+from lowprec.onnx.partial import rotary_table, window_of
+from lowprec.onnx.runtime_form import RuntimeForm, to_runtime
+from lowprec.onnx.session import left_padded, open_session, run_session
 
+SLOW = pytest.mark.slow
+TOLERANCE = 1e-4
+HEAD, TABLE = "lm_head", "model.embed_tokens"
 NBITS = sorted(name for name in WEIGHT_FORMATS if refuses_nbits(name) is None)
 
 
@@ -77,3 +90,172 @@ def test_weights_that_matmul_nbits_does_not_take_are_named() -> None:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="none")
     with pytest.raises(UnsupportedError, match="fp8 are no operand of MatMulNBits"):
         matmul_nbits(graph, ir.Value(name="x"), "layer", tiny.rounded(torch.randn(8, 32), "fp8"), EXACT)
+
+
+# Graphs in float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def formed(model: Any, positions: int | None = None) -> RuntimeForm:
+    """A model's graph in onnxruntime's operators, nothing in codes."""
+    return to_runtime(graph_of(model), {}, {}, positions or model.config.max_position_embeddings)
+
+
+def saved(graph: Graph, folder: Path) -> Path:
+    """The graph as a checked file."""
+    path = folder / "model.onnx"
+    ir.save(graph.model, path, external_data="model.onnx.data")
+    check_file(path, path)
+    return path
+
+
+def kinds(path: Path) -> list[str]:
+    """Types of the nodes of a file."""
+    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+def alone(model: Any, row: Tensor) -> Tensor:
+    """Logits [T, V] of one sequence by torch: no padding, no mask, no cache."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=row[None], use_cache=False).logits[0]
+    return found
+
+
+@pytest.fixture(
+    scope="module", params=["llama", "gpt2", *(pytest.param(name, marks=SLOW) for name in ("qwen3", "gemma3"))]
+)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model in torch, and the file of its graph."""
+    model = tiny.decoder(request.param).float()
+    made = formed(model)
+    assert made.plain_attention is None
+    return model, saved(made.graph, tmp_path_factory.mktemp("runtime"))
+
+
+def assert_equal_logits(model: Any, path: Path, lengths: Sequence[int], cuts: Sequence[int], room: int = 0) -> None:
+    """Rows of these lengths, padded on the left and given in chunks, against torch; `room` for a cache in one place."""
+    rows = [tiny.batch(1, length, seed=i)[0] for i, length in enumerate(lengths)]
+    ids, mask = left_padded(rows)
+    width = ids.shape[1]
+    run, parts = Run(open_session(path, threads=1), len(rows), room and width + room), []
+    ends = [*sorted({cut for cut in cuts if 0 < cut < width}), width]
+    for start, end in zip([0, *ends], ends, strict=False):
+        parts.append(torch.from_numpy(run.step(ids[:, start:end].numpy(), mask[:, :end].numpy())))
+    whole = torch.cat(parts, 1)
+    assert bool(whole.isfinite().all()), "also where only padding is"
+    for row, logits in zip(rows, whole, strict=True):
+        torch.testing.assert_close(logits[-len(row) :], alone(model, row), rtol=0, atol=TOLERANCE)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 109), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(1, 108), max_size=4),
+    room=st.sampled_from([0, 1, 9]),
+)
+@example(lengths=[1], cuts=[], room=0)
+@example(lengths=[101], cuts=[100], room=1)
+@example(lengths=[101, 3, 100, 50, 1], cuts=[100], room=0)
+@example(lengths=[101, 3, 100, 50, 1], cuts=[60, 100], room=1)
+@example(lengths=[40, 33], cuts=[1, 2, 20, 39], room=5)
+def test_any_batch_past_padding_and_chunks(
+    decoder: tuple[Any, Path], lengths: list[int], cuts: list[int], room: int
+) -> None:
+    assert_equal_logits(*decoder, lengths, cuts, room)
+
+
+def test_padding_anywhere(decoder: tuple[Any, Path]) -> None:
+    model, path = decoder
+    ids, mask = tiny.batch(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 5:], mask[2, :2], mask[2, 4:7], mask[2, 11:] = 0, 0, 0, 0
+    logits = torch.from_numpy(Run(open_session(path, threads=1), 3).step(ids.numpy(), mask.numpy()))
+    for row, real, found in zip(ids, mask.bool(), logits, strict=True):
+        torch.testing.assert_close(found[real], alone(model, row[real]), rtol=0, atol=TOLERANCE)
+
+
+def test_logits_of_the_last_tokens_alone(decoder: tuple[Any, Path]) -> None:
+    _, path = decoder
+    ids, mask = left_padded([tiny.batch(1, length, seed=length)[0] for length in (9, 4)])
+    session = open_session(path, threads=1)
+    whole = Run(session, 2).step(ids.numpy(), mask.numpy())
+    for keep in (1, 3, 20):
+        found = Run(session, 2).step(ids.numpy(), mask.numpy(), keep)
+        assert found.shape[1] == min(keep, 9)
+        np.testing.assert_allclose(found, whole[:, -keep:], rtol=0, atol=1e-5)
+
+
+def test_a_layer_is_few_nodes(decoder: tuple[Any, Path]) -> None:
+    model, path = decoder
+    layers = model.config.num_hidden_layers
+    found = kinds(path)
+    assert found.count("GroupQueryAttention") == layers
+    assert not {"Softmax", "Cos", "Sin", "ReduceMean", "Sigmoid", "Expand"} & set(found)
+    if model.config.model_type == "llama":
+        # Two norms, seven products, attention, SiLU and what it multiplies; 33 for rows, embedding and head.
+        assert len(found) <= 12 * layers + 33, found
+
+
+# What stays plain
+
+
+def test_attention_that_does_not_match_stays_plain_with_the_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.StableLmConfig(
+        **tiny.COMMON, intermediate_size=128, num_key_value_heads=2, partial_rotary_factor=0.5,
+        bos_token_id=0, eos_token_id=0, max_position_embeddings=128,
+    )  # fmt: skip
+    model = transformers.StableLmForCausalLM(config).eval()
+    made = formed(model)
+    assert made.plain_attention is not None
+    assert made.plain_attention.startswith("layer 0: ")
+    path = saved(made.graph, tmp_path)
+    assert "GroupQueryAttention" not in kinds(path)
+    assert_equal_logits(model, path, [20, 7], [5], room=3)
+    silent = to_runtime(made.graph, {}, {}, None)
+    assert silent.plain_attention == "its configuration does not say for how many tokens it has positions"
+
+
+def test_an_encoder_has_no_rows_to_move(tmp_path: Path) -> None:
+    model = tiny.encoder()
+    made = formed(model)
+    assert made.plain_attention is None
+    session = open_session(saved(made.graph, tmp_path), threads=1)
+    ids, mask = tiny.batch(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    hidden = run_session(session, {"input_ids": ids, "attention_mask": mask})[0]
+    for row, real, found in zip(ids, mask.bool(), hidden, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=row[real][None]).last_hidden_state[0]
+        torch.testing.assert_close(found[real], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_angles_that_depend_on_the_length_are_no_table() -> None:
+    made = graph_of(tiny.decoder().float())
+    tidy(made)
+    nodes = {node.op_type: node for node in made.model.graph if node.op_type in ("Cos", "Sin")}
+    cos, sin = nodes["Cos"].outputs[0], nodes["Sin"].outputs[0]
+    table = rotary_table(made.model, cos, sin, 64)
+    assert not isinstance(table, str)
+    assert table[0].shape == (64, 8)
+    length = ir.node("ReduceMax", [nodes["Cos"].inputs[0]], {"keepdims": 0})
+    longer = ir.node("Mul", [nodes["Cos"].inputs[0], length.outputs[0]])
+    made.model.graph.insert_before(nodes["Cos"], [length, longer])
+    nodes["Cos"].replace_input_with(0, longer.outputs[0])
+    assert rotary_table(made.model, cos, sin, 64) == "its rotary angles depend on the length of the text"
+
+
+def test_masks_are_asked_what_they_hide() -> None:
+    made = graph_of(tiny.decoder("gemma3").float())
+    tidy(made)
+    masks = [node.outputs[0] for node in made.model.graph if node.op_type == "Where"]
+    found = [window_of(made.model, mask, 64) for mask in masks]
+    assert sorted(x for x in found if isinstance(x, int)) == [0, 16]
+    wrong = next(node for node in made.model.graph if node.op_type == "LessOrEqual")
+    swapped = ir.node("LessOrEqual", wrong.inputs[::-1])
+    made.model.graph.insert_before(wrong, swapped)
+    ir.convenience.replace_all_uses_with(wrong.outputs[0], swapped.outputs[0])
+    assert all("hides something else" in str(window_of(made.model, mask, 64)) for mask in masks)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 EXPORT_TARGETS = ("onnx", "onnxruntime")
 ACCURACIES = ("planned", "exact", "fast")
+KEEP = "logits_to_keep"
+"""Input of decoders for onnxruntime: of how many last tokens logits are wanted, 0, its default, for all."""
 NEEDED = {"onnx": "1.20", "onnx-ir": "1.1", "onnxscript": "0.7", "onnxruntime": "1.23"}
 """Package -> the oldest version with what is used here; pyproject.toml asks for the same."""
 RUNTIME_NEEDED = {**NEEDED, "onnxruntime": "1.32"}

@@ -11,15 +11,15 @@ the masks of a plain layer know nothing of that.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lowprec.onnx.graph import Graph, stored
+from lowprec.onnx.graph import Graph
 from lowprec.onnx.matching import Mismatch, constant_of, made_by, only_reader, scalar
 from lowprec.onnx.nbits import DOMAIN
 from lowprec.onnx.padding import Rows
-from lowprec.onnx.partial import rotary_table, window_of
+from lowprec.onnx.partial import Forms
 
 SWAPPED = (0, 2, 1, 3)
 LONGEST = 1 << 17
@@ -57,43 +57,6 @@ class Layer:
     out: ir.Node
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Forms:
-    """What masks hide and how far heads turn, each asked of the graph once.
-
-    Attributes:
-        positions: how many tokens the model has places for.
-    """
-
-    model: ir.Model
-    positions: int
-    windows: dict[ir.Value, int] = field(default_factory=dict)
-    tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
-
-    def window(self, mask: ir.Value) -> int:
-        """Keys that a query sees, 0 for all; Mismatch if it is no such mask."""
-        if mask not in self.windows:
-            found = window_of(self.model, mask, self.positions)
-            if isinstance(found, str):
-                raise Mismatch(found)
-            self.windows[mask] = found
-        return self.windows[mask]
-
-    def table(self, rotary: Rotary) -> tuple[ir.Value, ir.Value]:
-        """Constants with cosines and sines [positions, D / 2]; Mismatch if angles do not depend on position alone."""
-        if rotary.cos not in self.tables:
-            found = rotary_table(self.model, rotary.cos, rotary.sin, self.positions)
-            if isinstance(found, str):
-                raise Mismatch(found)
-            number = len(self.tables)
-            cos, sin = (
-                stored(self.model.graph, f"rotary.{number}.{name}", numbers)
-                for name, numbers in zip(("cos", "sin"), found, strict=True)
-            )
-            self.tables[rotary.cos] = cos, sin
-        return self.tables[rotary.cos]
-
-
 def to_fused_attention(graph: Graph, positions: int) -> None:
     """Rewrites all layers of a decoder, in place.
 
@@ -106,7 +69,9 @@ def to_fused_attention(graph: Graph, positions: int) -> None:
     """
     layers = find_layers(graph)
     forms = Forms(model=graph.model, positions=min(positions, LONGEST))
-    known = [(forms.window(x.mask), forms.table(x.q.rotary) if x.q.rotary else None) for x in layers]
+    known = [
+        (forms.window(x.mask), forms.table(x.q.rotary.cos, x.q.rotary.sin) if x.q.rotary else None) for x in layers
+    ]
     rows = Rows(graph)
     for number, (layer, (window, table)) in enumerate(zip(layers, known, strict=True)):
         _rewrite(graph.model.graph, number, layer, window, table, rows)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from lowprec.onnx.matching import Array
-from lowprec.onnx.padding import KEEP
+from lowprec.onnx import KEEP
+from lowprec.onnx.sampling import Array
 
 
 class Run:
@@ -49,7 +49,9 @@ class Run:
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
         self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
         if self._keeps:
-            self._binding.bind_cpu_input(KEEP, np.array([keep], dtype=np.int64))
+            # As a value of onnxruntime's: arrays are bound to required inputs only.
+            wanted = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([keep], dtype=np.int64))
+            self._binding.bind_ortvalue_input(KEEP, wanted)
         self._binding.bind_output(self._outputs[0])
         if self._grows:
             for given, made, value in zip(self._past, self._outputs[1:], self._cache, strict=True):

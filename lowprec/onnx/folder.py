@@ -2,10 +2,11 @@
 
     model.onnx, model.onnx.data     graph; weights, as external data in one file
     config.json, generation_config.json, tokenizer files, digests.json
+    genai_config.json               of decoders for onnxruntime: the folder is one of onnxruntime-genai's, too
 
 Metadata of the model (all text): lowprec.version, .opset, .kind; .schemes (JSON, layer -> scheme) and .plan (its
 digest); .artefact (SHA-256 of the artefact's digests.json) and .model, .source_revision (weights digest) as far as they
-are known; .notes (JSON, what this form does otherwise than the artefact).
+are known; .notes (JSON, what this form does otherwise than the artefact); .positions (of decoders for onnxruntime).
 """
 
 import contextlib
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 
 from lowprec.artifacts import digests, probe
 from lowprec.artifacts.compressed_tensors import OWN_FORM, recover, write_folder
+from lowprec.artifacts.folder import write_text
 from lowprec.artifacts.loading import apply_artefact, leave_inputs_, load_artefact, read_back, schemes_of
 from lowprec.artifacts.own_form import form_of, read_manifest
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.onnx.canonical import Rewritten, to_canonical
 from lowprec.onnx.checks import LONG, check_file, check_outputs
+from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
 from lowprec.onnx.nbits import FAST
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
@@ -37,7 +40,7 @@ from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
 from lowprec.version import __version__
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PLAN = "plan.json"
 
 
@@ -159,12 +162,16 @@ class _Formed:
         layers: how many read codes.
         notes: what it does otherwise than the artefact.
         rounds: whether it rounds inputs, so that it must be made exact to be compared.
+        shared: whether a decoder's old and new cache may be one buffer; None where no form asks for it.
+        positions: how many tokens a sequence may have, where the form says.
     """
 
     graph: Graph
     layers: int
     notes: tuple[str, ...]
     rounds: bool = False
+    shared: bool | None = None
+    positions: int | None = None
 
 
 def _canonical(graph: Graph, source: Source) -> _Formed:
@@ -177,7 +184,14 @@ def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
     levels = levels_of(source.schemes, accuracy)
     made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module))
     notes = runtime_notes(source.schemes, levels, made)
-    return _Formed(graph=made.graph, layers=len(made.layers), notes=notes, rounds=FAST in levels.values())
+    return _Formed(
+        graph=made.graph,
+        layers=len(made.layers),
+        notes=notes,
+        rounds=FAST in levels.values(),
+        shared=made.plain_attention is None,
+        positions=made.positions,
+    )
 
 
 def _fill(
@@ -190,10 +204,15 @@ def _fill(
     formed = form(graph_of(source.module, inputs), source)
     graph, file = formed.graph, folder / MODEL
     graph.model.metadata_props.update(metadata_of(source, graph.kind, formed.notes))
+    if formed.positions is not None:
+        graph.model.metadata_props["lowprec.positions"] = str(formed.positions)
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
     graph.model.graph.name = type(source.module).__name__
     ir.save(graph.model, file, external_data=DATA)
     write_texts(folder, source, graph)
+    if formed.shared is not None and graph.kind == "decoder":
+        config = genai_config(source.module.config, getattr(source.module, "generation_config", None), formed.shared)
+        write_text(folder / GENAI, config)
     check_file(file, out)
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
         error = check_outputs(compared, out, graph.kind, source.module, inputs, tokens_of(source))

@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lowprec.onnx import KEEP
 from lowprec.onnx.graph import Graph, constant, stored
 from lowprec.onnx.matching import Mismatch, only_reader
 
-KEEP = "logits_to_keep"
 HEADS = ("MatMul", "MatMulNBits", "Gemm")
 END = (1 << 63) - 1
 
@@ -122,12 +122,13 @@ class Rows:
         self._graph.insert_after(producer, moved)
 
     def _check(self) -> None:
-        late = [use.node.op_type for use in self._mask.uses() if use.node not in self._made]
+        late = [use.node for use in self._mask.uses() if use.node not in self._made and not _is_size(use.node, 1)]
         for value in self._graph.inputs:
             if str(value.name).startswith("past_key_values."):
-                late += [use.node.op_type for use in value.uses() if not _reads_in_order(use.node)]
+                readers = [use.node for use in value.uses() if use.node.op_type != "GroupQueryAttention"]
+                late += [node for node in readers if not _is_size(node, 2)]
         if late:
-            raise Mismatch(f"{late[0]} reads the mask or the cache in the order of the input")
+            raise Mismatch(f"{late[0].op_type} reads the mask or the cache in the order of the input")
 
     def _node(self, kind: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
         node = ir.node(kind, inputs, attributes, name=f"rows.{len(self._made)}")
@@ -144,9 +145,10 @@ class Rows:
         return stored(self._graph, f"rows.{name}", np.array(number, dtype=np.int64))
 
 
-def _reads_in_order(node: ir.Node) -> bool:
-    """Whether a node takes no more of the cache than what is independent of who lies where."""
-    if node.op_type == "Shape":
-        start, end = (node.attributes[name].as_int() for name in ("start", "end"))
-        return not start <= 2 < end
-    return bool(node.op_type == "GroupQueryAttention")
+def _is_size(node: ir.Node, length: int) -> bool:
+    """Whether a node takes sizes alone, and not that of the axis `length`, which counts tokens."""
+    if node.op_type != "Shape":
+        return False
+    bounds = [node.attributes.get(name) for name in ("start", "end")]
+    start, end = (None if bound is None else bound.as_int() for bound in bounds)
+    return length not in range(length + 1)[start or 0 : end]

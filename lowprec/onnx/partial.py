@@ -4,14 +4,15 @@ A pattern of nodes may look like a causal mask and hide something else; its valu
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from lowprec.onnx.graph import inputs_of
-from lowprec.onnx.matching import Array
+from lowprec.onnx.graph import inputs_of, stored
+from lowprec.onnx.matching import Array, Mismatch
 
 
 def values_of(model: ir.Model, values: Sequence[ir.Value], tokens: int, mask: Array) -> list[Array]:
@@ -87,3 +88,39 @@ def rotary_table(model: ir.Model, cos: ir.Value, sin: ir.Value, positions: int) 
     if any(not np.array_equal(left, right) for left, right in halves):
         return "the halves of a head turn by different angles"
     return halves[0][0], halves[1][0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forms:
+    """What masks hide and how far heads turn, each asked of the graph once.
+
+    Attributes:
+        positions: how many tokens the model has places for.
+    """
+
+    model: ir.Model
+    positions: int
+    windows: dict[ir.Value, int] = field(default_factory=dict)
+    tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+
+    def window(self, mask: ir.Value) -> int:
+        """Keys that a query sees, 0 for all; Mismatch if it is no such mask."""
+        if mask not in self.windows:
+            found = window_of(self.model, mask, self.positions)
+            if isinstance(found, str):
+                raise Mismatch(found)
+            self.windows[mask] = found
+        return self.windows[mask]
+
+    def table(self, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Constants with cosines and sines [positions, D / 2]; Mismatch if angles do not depend on position alone."""
+        if cos not in self.tables:
+            found = rotary_table(self.model, cos, sin, self.positions)
+            if isinstance(found, str):
+                raise Mismatch(found)
+            number, graph = len(self.tables), self.model.graph
+            self.tables[cos] = (
+                stored(graph, f"rotary.{number}.cos", found[0]),
+                stored(graph, f"rotary.{number}.sin", found[1]),
+            )
+        return self.tables[cos]

@@ -2,7 +2,7 @@
 
     q, k, v and gate, up  ->  MatMulNBits of all their rows, then Split
     rows of two widths    ->  two products, put into the order of the rows by Gather
-    FP8                   ->  DequantizeLinear and MatMul, as in the canonical form: onnxruntime has nothing faster
+    FP8                   ->  MatMul with the weight in float32: onnxruntime would make it that at every step
 
 One product over more rows starts the threads once and fills both of them, where K and V alone are too small to.
 """
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.rows import MixedRows
-from lowprec.onnx.canonical import dequantised
-from lowprec.onnx.graph import Graph, constant
+from lowprec.onnx.graph import Graph, constant, lazy_constant
 from lowprec.onnx.nbits import AccuracyLevel, matmul_nbits, merged, refuses_nbits
 from lowprec.onnx.places import Place, in_two_widths, replace_product
 
@@ -51,7 +51,7 @@ def to_products(
         levels: layer -> accuracy level.
 
     Returns:
-        The layers whose products onnxruntime has no integer kernel for.
+        The layers whose weights became float32, because onnxruntime has no kernel for their codes.
     """
     parts: dict[tuple[object, ...], list[_Part]] = {}
     for layer, place in places.items():
@@ -81,8 +81,15 @@ def _product(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight, 
     if isinstance(WEIGHT_FORMATS[weight.format], MixedRows):
         return in_two_widths(graph, x, layer, weight, partial(_product, level=level))
     if refuses_nbits(weight.format):
-        codes = dequantised(graph, layer, weight)
-        return [codes, ir.node("MatMul", [x, codes.outputs[0]])]
+        n, k = weight.codes.shape
+        across = lazy_constant(
+            graph,
+            f"{layer}.across",
+            ir.DataType.FLOAT,
+            (k, n),
+            lambda: np.ascontiguousarray(weight.dequantize().numpy().T),
+        )
+        return [ir.node("MatMul", [x, across], name=layer)]
     return matmul_nbits(graph, x, layer, weight, level)
 
 
@@ -98,8 +105,9 @@ def _replace_together(graph: ir.Graph, parts: list[_Part]) -> None:
     # Where the first stood: the others may not be read before their own places.
     graph.insert_before(parts[0].node, [*made, split])
     for part, output in zip(parts, split.outputs, strict=True):
-        output.name = f"{part.layer}.out"
-        ir.convenience.replace_all_uses_with(part.node.outputs[0], output)
+        old = part.node.outputs[0]
+        output.name, output.shape, output.type = f"{part.layer}.out", old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, output)
         graph.remove(part.node, safe=True)
 
 

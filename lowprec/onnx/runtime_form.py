@@ -21,8 +21,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats.rows import MixedRows
 from lowprec.onnx.activations import fuse_silu
-from lowprec.onnx.attention import to_fused_attention
+from lowprec.onnx.attention import LONGEST, to_fused_attention
 from lowprec.onnx.graph import Graph, tidy
 from lowprec.onnx.matching import Mismatch
 from lowprec.onnx.nbits import DOMAIN, EXACT, FAST, AccuracyLevel
@@ -41,16 +42,19 @@ class RuntimeForm:
     """A graph in onnxruntime's operators, and what stayed plain.
 
     Attributes:
-        slow: layers whose weights onnxruntime multiplies in float32.
+        layers: those that read codes.
+        dense: planned layers whose weights are in float32.
         tables: layer -> why its rows, which an embedding reads, are in float32.
-        plain_attention: why attention is in plain operators; None where it is not.
+        plain_attention: why a decoder's attention is in plain operators; None where it is not.
+        positions: how many tokens a decoder's sequences may have; None where nothing says.
     """
 
     graph: Graph
     layers: tuple[str, ...]
-    slow: tuple[str, ...]
+    dense: tuple[str, ...]
     tables: Mapping[str, str]
     plain_attention: str | None
+    positions: int | None
 
 
 def to_runtime(
@@ -62,30 +66,39 @@ def to_runtime(
         graph: as it was traced; not to be used afterwards.
         solved: layer -> its weight in codes; empty for a graph in float32.
         levels: layer -> accuracy level.
-        positions: how many tokens a decoder has places for; None: no decoder.
+        positions: how many tokens a decoder has places for; None where nothing says.
 
     Raises:
         UnsupportedError: planned layers that are not where they should be.
     """
     places = find_places(graph, solved)
-    slow = to_products(graph, solved, places, levels)
+    dense = to_products(graph, solved, places, levels)
     tables = to_coded_tables(graph, solved, places)
     tidy(graph)
     graph.model.graph.opset_imports[DOMAIN] = 1
     find_norms(graph.model)
     made, plain = graph, None
-    if positions is not None:
-        # A copy: half of a rewrite is of no use.
-        made = Graph(model=graph.model.clone(), kind=graph.kind, aliases=graph.aliases)
-        try:
-            to_fused_attention(made, positions)
-        except Mismatch as reason:
-            made, plain = graph, str(reason)
+    if graph.kind == "decoder":
+        made, plain = _with_attention(graph, positions)
     settle_norms(made.model)
     fuse_silu(made.model)
     RemoveUnusedNodesPass()(made.model)
-    layers = tuple(layer for layer, place in places.items() if place.products)
-    return RuntimeForm(graph=made, layers=layers, slow=slow, tables=tables, plain_attention=plain)
+    layers = tuple(layer for layer, place in places.items() if place.products and layer not in dense)
+    most = positions if plain or positions is None else min(positions, LONGEST)
+    return RuntimeForm(graph=made, layers=layers, dense=dense, tables=tables, plain_attention=plain, positions=most)
+
+
+def _with_attention(graph: Graph, positions: int | None) -> tuple[Graph, str | None]:
+    """A decoder's graph with fused attention; or as it is, and why."""
+    if positions is None:
+        return graph, "its configuration does not say for how many tokens it has positions"
+    # A copy: half of a rewrite is of no use.
+    made = Graph(model=graph.model.clone(), kind=graph.kind, aliases=graph.aliases)
+    try:
+        to_fused_attention(made, positions)
+    except Mismatch as reason:
+        return graph, str(reason)
+    return made, None
 
 
 def levels_of(schemes: Mapping[str, Scheme], accuracy: str) -> dict[str, AccuracyLevel]:
@@ -127,20 +140,18 @@ def runtime_notes(
 ) -> tuple[str, ...]:
     """What this form does otherwise than the artefact that was scored, and what in it is slow."""
     notes = []
-    fast = [layer for layer in form.layers if levels[layer] == FAST and layer not in form.slow]
+    fast = [layer for layer in form.layers if levels[layer] == FAST]
+    exact = [layer for layer in form.layers if levels[layer] == EXACT]
     if unscored := sorted({schemes[layer].name for layer in fast if not _per_block(schemes[layer])}):
         notes.append(f"{', '.join(unscored)}: inputs are rounded to INT8 block by block, as they were not when scored")
-    plain = [schemes[layer] for layer in form.layers if layer not in fast]
-    if rounding := sorted({s.name for s in plain if s.activation is not None}):
+    kept = {schemes[layer] for layer in (*exact, *form.dense)}
+    if rounding := sorted(s.name for s in kept if s.activation is not None):
         notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
     if any(WEIGHT_FORMATS[str(s.weight)].bits == 3 for s in schemes.values() if s.weight is not None):
         notes.append("3-bit weights are stored in 4 bits")
-    if form.slow:
-        notes.append(f"{_some(form.slow)}: onnxruntime has no kernel for FP8 on CPUs and multiplies in float32, slowly")
-    eight = [
-        layer for layer in form.layers if layer not in fast and WEIGHT_FORMATS[str(schemes[layer].weight)].bits == 8
-    ]
-    if slow := [layer for layer in eight if layer not in form.slow]:
+    if form.dense:
+        notes.append(f"{_some(form.dense)}: weights are float32, because onnxruntime has no kernel for FP8 on CPUs")
+    if slow := [layer for layer in exact if _has_int8(schemes[layer])]:
         notes.append(
             f"{_some(slow)}: onnxruntime has no kernel for INT8 weights and inputs in float32; it makes the weights "
             "float32 at each step, slowly"
@@ -148,10 +159,17 @@ def runtime_notes(
     notes += [
         f"{layer}: rows that an embedding reads are in float32: {reason}" for layer, reason in form.tables.items()
     ]
+    if form.positions == LONGEST:
+        notes.append(f"a sequence may have {LONGEST} tokens, for which rotary angles are stored")
     if form.plain_attention is not None:
         notes.append(f"attention is in plain operators: {form.plain_attention}")
     notes.append("weights that are not in codes are float32")
     return tuple(notes)
+
+
+def _has_int8(scheme: Scheme) -> bool:
+    fmt = WEIGHT_FORMATS[str(scheme.weight)]
+    return fmt.bits == 8 or isinstance(fmt, MixedRows)
 
 
 def _some(layers: Sequence[str]) -> str:

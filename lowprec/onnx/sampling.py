@@ -4,11 +4,13 @@ p = softmax(logits / temperature);  the likeliest tokens whose p sum to top_p st
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from lowprec.errors import ConfigError
-from lowprec.onnx.matching import Array
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

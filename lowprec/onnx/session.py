@@ -6,6 +6,7 @@ block (accuracy level 4); level 1 computes in float32.
 Source: onnxruntime.ai/docs, session.qdq_matmulnbits_accuracy_level.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +15,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-import transformers
 from packaging.version import Version
 from torch import Tensor
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.onnx import RUNTIME_NEEDED
 from lowprec.onnx.binding import Run
-from lowprec.onnx.matching import Array
-from lowprec.onnx.sampling import Sampler
+from lowprec.onnx.sampling import Array, Sampler
 
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
 MODEL = "model.onnx"
@@ -138,11 +137,12 @@ class Session:
             raise ArtifactError(self.path, "is no decoder that lowprec has written; " + EXPORT_FIRST)
         self.vocabulary = int(self._session.get_outputs()[0].shape[2])
         config, generation = (_json(self.path.parent / name) for name in ("config.json", "generation_config.json"))
-        self.positions: int | None = config.get("max_position_embeddings", config.get("n_positions"))
+        most = facts.get("lowprec.positions", config.get("max_position_embeddings", config.get("n_positions")))
+        self.positions: int | None = None if most is None else int(most)
         ends = generation.get("eos_token_id", config.get("eos_token_id"))
         self.stop: tuple[int, ...] = tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the folder.
 
@@ -151,6 +151,9 @@ class Session:
         """
         if not (self.path.parent / "tokenizer_config.json").exists():
             raise ArtifactError(self.path.parent, "has no tokenizer; give token ids")
+        # Takes seconds, which those who bring token ids need not wait.
+        import transformers
+
         return transformers.AutoTokenizer.from_pretrained(self.path.parent, local_files_only=True)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
