@@ -114,6 +114,7 @@ def test_verification_takes_the_bounds_of_all_rounds() -> None:
 
     curve = Curve(scale=0.4, power=1.0)
     alone = verify(groups, options, 0.01, measure, 2, curve)
-    together = verify(groups, options, 0.01, measure, 2, curve, pool=pool)
+    together = verify(groups, options, 0.01, measure, 4, curve, pool=pool)
     assert alone.chosen not in alone.rounds
     assert together.chosen == together.rounds[0], "the first was refused, and costs less than the second"
+    assert len(together.rounds) == 2, "and uses enough of the budget"

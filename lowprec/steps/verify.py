@@ -150,8 +150,9 @@ def verify(
         corrected = correct(options, taken)
         least = least_loss(groups, corrected)
         taken = [_rescored(one, corrected) for one in pool(taken)]
-        last = taken[-1]
-        if last.accepted(limit) and (allocation.cost <= cheapest or last.measured.upper >= ENOUGH_USED * limit):
+        if any(
+            r.allocation.cost <= cheapest or r.measured.upper >= ENOUGH_USED * limit for r in _accepted(taken, limit)
+        ):
             break
         allowed = _next(taken, limit, curve)
     chosen = _best(taken, least, limit)
@@ -162,6 +163,10 @@ def verify(
         curve=_through(taken, curve),
         options=corrected,
     )
+
+
+def _accepted(taken: Sequence[Round], limit: float) -> list[Round]:
+    return [one for one in taken if one.accepted(limit)]
 
 
 def _rescored(one: Round, options: Options) -> Round:
@@ -251,7 +256,7 @@ def _anchor(taken: Sequence[Round]) -> tuple[float, float]:
 
 
 def _best(taken: Sequence[Round], least: Allocation, limit: float) -> Round:
-    accepted = [r for r in taken if r.accepted(limit)]
+    accepted = _accepted(taken, limit)
     if least.loss == 0.0:
         itself = Measured(loss=0.0, upper=0.0, kl_nats=0.0)
         accepted.append(Round(allocation=least, predicted=0.0, predicted_kl_nats=0.0, measured=itself))
