@@ -55,7 +55,8 @@ def _dense() -> dict[str, dict[str, Any]]:
     xf = {"x_codes": _fp8(M, K), "x_scale": _scales(M, 1, seed=8)}
     end = {"bias": bias, "out_dtype": torch.bfloat16}
     grouped = {"bias": None, "group_size": G, "out_dtype": torch.bfloat16}
-    nested = {"w_base": int4["w_packed"], "w_residual": pack_int4(_int4(N, K, seed=9)), "w_scale": int4["w_scale"]}
+    nested = {"w_base": int4["w_packed"], "w_residual": pack_int4(_int4(N, K, seed=9)), "w_scale": int4["w_scale"],
+              "w_ratio": _int4(N, K // G, seed=12).abs() + 4}  # fmt: skip
     zero = _int4(N, K // G, seed=10)
     return {
         "quantize_per_token_int8": {"x": x},
@@ -232,6 +233,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("w4a16_gemm", {"w_zero": _scales(N, K // G)}, "w_zero must be .* int8, not torch.float32"),
     ("w4a8_int8_gemm", {"w_scale": _scales(N, 2)}, r"w_scale must be \[48, 3\].*\(48, 2\)"),
     ("w4a8_fp8_gemm", {"x_scale": _scales(1, 1)}, r"x_scale must be \[5, 1\].*\(1, 1\)"),
+    ("nested_gemm", {"w_ratio": _scales(N, K // G)}, r"w_ratio must be \[48, 3\] int8, not torch.float32"),
     ("nested_gemm", {"level": 5}, r"\(4, 8\), not 5"),
     ("nested_gemm", {"w_residual": torch.zeros(7, 24, dtype=torch.int32)}, r"w_residual must be \[48, 24\].*\(7, 24\)"),
     ("moe_w8a8_int8_gemm", {"offsets": torch.zeros(3, dtype=torch.int32)}, r"offsets must be \[4\].*\(3,\)"),
@@ -294,7 +296,8 @@ def test_levels_of_nested_weights() -> None:
     values = OPERANDS["nested_gemm"] | {"x": _floats(M, K).double(), "bias": None}
     base, rest = (unpack_int4(values[name], K).double() for name in ("w_base", "w_residual"))
     zero, scale = (values[name].double().repeat_interleave(G, 1) for name in ("w_zero", "w_scale"))
-    coarse, fine = (base - zero) * scale, (8 * (base - zero) + rest) * scale / 8
+    ratio = values["w_ratio"].double().repeat_interleave(G, 1)
+    coarse, fine = (base - zero) * scale, (ratio * (base - zero) + rest) * scale / ratio
     torch.testing.assert_close(ops.nested_gemm(**values), values["x"] @ fine.t())
     torch.testing.assert_close(ops.nested_gemm(**values | {"level": 4}), values["x"] @ coarse.t())
 

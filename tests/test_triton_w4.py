@@ -221,8 +221,12 @@ def test_levels_of_nested_weights(group: int, zeros: bool) -> None:
     for m, n, k in ((3, 40, 256), (70, 33, 384)):
         x, base, rest, scale = _random(m, k).to(torch.bfloat16), _codes(n, k), _codes(n, k, 7), _scales(n, k, group)
         zero = _codes(n, k // group, seed=3) if zeros else None
-        operands = (x, pack_int4(base), pack_int4(rest), scale, zero, None, group)
+        ratio = 4 + 2 * (_codes(n, k // group, seed=5) & 3)
+        operands = (x, pack_int4(base), pack_int4(rest), scale, ratio, zero, None, group)
         fine = reference.nested_gemm(x.double(), *operands[1:], 8)
+        for form in ("", "scaled"):
+            config = Config(block_m=64, form=form, **SMALL)
+            assert _error(nested_gemm(*operands, 8, config=config), fine) <= BF16_ROUNDING
         assert _error(nested_gemm(*operands, 8), fine) <= BF16_ROUNDING
         plain = w4a16_gemm(x, pack_int4(base), scale, None, group, zero, Config(block_m=64, **SMALL))
         assert torch.equal(nested_gemm(*operands, 4, config=Config(block_m=64, **SMALL)), plain)
@@ -253,7 +257,8 @@ def test_what_cannot_run_is_refused() -> None:
         w4a16_gemm(x.float(), packed, torch.ones(16, 3, device=DEVICE), None, 32)
     with pytest.raises(ValueError, match="K = 64"):
         w4a16_gemm(x[:, :64], packed, torch.ones(16, 3, device=DEVICE), None, 32)
-    operands = (x, packed, packed, torch.ones(16, 3, device=DEVICE), None, None, 32)
+    ones = torch.ones(16, 3, device=DEVICE)
+    operands = (x, packed, packed, ones, ones.to(torch.int8), None, None, 32)
     with pytest.raises(ValueError, match="not 5"):
         nested_gemm(*operands, 5)
 

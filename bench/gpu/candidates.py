@@ -278,8 +278,8 @@ def launch(
         *x, offsets = inputs
         result = run(*x, *weight, offsets, None, None, *group, *out, config=config)
     elif op.weight == "nested":
-        words, residual, scale, zero = weight
-        result = run(*inputs, words, residual, scale, zero, bias, op.group, op.level, config=config)
+        words, residual, scale, ratio, zero = weight
+        result = run(*inputs, words, residual, scale, ratio, zero, bias, op.group, op.level, config=config)
     elif op.weight == "int4-zero":
         words, scale, zero = weight
         result = run(*inputs, words, scale, bias, op.group, zero, config=config)
@@ -326,11 +326,11 @@ def _spread(scale: Tensor, rows: int, columns: int, side: int) -> Tensor:
 
 
 def _nested_truth(op: Op, x: Tensor, weight: Tensors, bias: Tensor | None) -> Tensor:
-    """Level 4 is the base, level 8 adds the residual in steps of an eighth."""
-    words, residual, scale, zero = weight
+    """Level 4 is the base, level 8 adds the residual in steps of a fraction of the base's."""
+    words, residual, scale, ratio, zero = weight
     w = reference.grouped_weight(words, scale, op.group, zero)
     if op.level == 8:
-        w = w + reference.grouped_weight(residual, scale / 8, op.group)
+        w = w + reference.grouped_weight(residual, scale / ratio, op.group)
     y = x.to(torch.float64) @ w.t()
     return y if bias is None else y + bias.to(torch.float64)
 

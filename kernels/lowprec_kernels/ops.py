@@ -13,7 +13,7 @@
 | w8a16_gemm | x[M,K] float, w_codes[N,K] int8, w_scale[N,1], bias[N]? | y[M,N] in x's dtype |
 | w4a16_gemm | x[M,K] float, w_packed[N,P] int32, w_scale[N,K/G], bias[N]?, group_size, w_zero[N,K/G]? int8 | y[M,N] |
 | w4a8_int8_gemm, w4a8_fp8_gemm | x_codes, x_scale, w_packed, w_scale, bias?, group_size, out_dtype | y[M,N] |
-| nested_gemm | x, w_base[N,P] int32, w_residual[N,P] int32, w_scale, w_zero?, bias?, group_size, level 4, 8 | y[M,N] |
+| nested_gemm | x, w_base[N,P], w_residual[N,P], w_scale, w_ratio int8, w_zero?, bias?, group_size, level | y[M,N] |
 | moe_* | `ops_moe.py` | y[T,N] |
 
 P is `packing.words_for(K)`, `kind` "int8" or "fp8". Numbers of blocks are rounded up, scales float32, bias any float;
@@ -178,6 +178,7 @@ def _nested(
     w_base: Tensor,
     w_residual: Tensor,
     w_scale: Tensor,
+    w_ratio: Tensor,
     w_zero: Tensor | None,
     bias: Tensor | None,
     group_size: int,
@@ -186,6 +187,7 @@ def _nested(
     m, k = expect("x", x, ("M", "K"), *FLOATS)
     n = _int4(k, w_base, w_scale, w_zero, group_size)
     expect("w_residual", w_residual, (n, words_for(k)), torch.int32)
+    expect("w_ratio", w_ratio, (n, k // group_size), torch.int8)
     if level not in reference.NESTED_LEVELS:
         raise ValueError(f"level must be one of {reference.NESTED_LEVELS}, not {level}")
     return _product(m, n, bias, x.dtype)

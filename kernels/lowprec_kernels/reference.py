@@ -7,7 +7,7 @@
     w8a16      y = s_n sum_k x_tk wc_nk + b
     w4a16      y = sum_g s_ng sum_{k in g} x_tk (wc_nk - z_ng) + b
     w4a8       y = s_t sum_g s_ng sum_{k in g} xc_tk wc_nk + b
-    nested     level 4: w4a16 of the base; level 8: codes 8 (wc_nk - z_ng) + r_nk, scales s_ng / 8
+    nested     level 4: w4a16 of the base; level 8: codes m_ng (wc_nk - z_ng) + r_nk, scales s_ng / m_ng
 
 Sums over codes are done in float64, in which any sum of int8 products is exact, so the integer accumulators are those
 of an int32 unit bit for bit (K < 133,000, where int32 itself would overflow). Everything is rounded once, at the end;
@@ -226,12 +226,18 @@ def nested_gemm(
     w_base: Tensor,
     w_residual: Tensor,
     w_scale: Tensor,
+    w_ratio: Tensor,
     w_zero: Tensor | None,
     bias: Tensor | None,
     group_size: int,
     level: int,
 ) -> Tensor:
-    """x [M, K], two [N, words_for(K)] int32, [N, K/G], [N, K/G] int8 or None, [N] or None -> [M, N] in x's dtype.
+    """x [M, K], two [N, words_for(K)] int32, [N, K/G], two [N, K/G] int8 (the second may be None), [N]? -> [M, N].
+
+    Args:
+        w_residual: the second plane.
+        w_ratio: steps of level 8 in one of level 4.
+        level: 4 or 8.
 
     Raises:
         ValueError: `level` is neither 4 nor 8.
@@ -240,7 +246,7 @@ def nested_gemm(
         raise ValueError(f"level must be one of {NESTED_LEVELS}, not {level}")
     w = grouped_weight(w_base, w_scale, group_size, w_zero)
     if level == 8:
-        w = w + grouped_weight(w_residual, w_scale.to(torch.float64) / 8, group_size)
+        w = w + grouped_weight(w_residual, w_scale.to(torch.float64) / w_ratio, group_size)
     return _finish(x.to(torch.float64) @ w.t(), bias, x.dtype)
 
 

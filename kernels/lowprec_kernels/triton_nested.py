@@ -3,7 +3,7 @@
 The base is an ordinary INT4 weight and gives level 4 bit for bit; level 8 reads the residual as well. A level is a
 variant of the kernel, compiled once; pointers are the same, so changing it moves nothing.
 
-Left out: quantised activations; steps of the finer level other than an eighth.
+Left out: quantised activations.
 """
 
 import torch
@@ -40,13 +40,15 @@ def nested_gemm(
     w_base: Tensor,
     w_residual: Tensor,
     w_scale: Tensor,
+    w_ratio: Tensor,
     w_zero: Tensor | None,
     bias: Tensor | None,
     group_size: int,
     level: int,
     config: Config | None = None,
 ) -> Tensor:
-    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, [N, K/G], [N, K/G]?, [N]? -> [M, N].
+    """x [M, K] bfloat16 or float16, base and residual [N, words] int32, three of [N, K/G], of which
+    the last may be None, [N]? -> [M, N].
 
     Raises:
         ValueError: `level` is neither 4 nor 8, the group size or the dtype of x is none that the kernels take.
@@ -72,4 +74,5 @@ def nested_gemm(
         x.dtype,
         config,
         residual,
+        w_ratio if level == 8 else None,
     )

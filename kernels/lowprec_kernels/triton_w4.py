@@ -19,10 +19,11 @@ sum_g s[n, g] z[n, g] X[m, g] with X the sums of x over each group (`group_sums`
 once, before the loop. So is the offset of e4m3 operands, which are code + 8 (z = -8 for all groups). An infinite x
 times a zero point is NaN there.
 
-Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7] and two levels over one storage:
+Nested weights (`nested_gemm`) hold a second packed tensor of nibbles r in [-8, 7], for each group a ratio m, and two
+levels over one storage:
 
     level 4   c = q - z, scale s            reads the base alone: half the bytes
-    level 8   c = 8 (q - z) + r, scale s/8  reads both; c fits in 8 bits, which bfloat16 holds exactly
+    level 8   c = m (q - z) + r, scale s/m  reads all; c fits in 8 bits, which bfloat16 holds exactly
 
 Left out: groups that are no power of two from 32 on, zero points with quantised activations.
 Sources: Marlin (arXiv 2408.11743) for few rows; DeepSeek-V3 (arXiv 2412.19437, section 3.3) for sums of groups that
@@ -260,7 +261,7 @@ def scale_layout(w_scale: Tensor) -> Tensor:
 
 
 def zero_layout(zero: Tensor, scale: Tensor) -> Tensor:
-    """Zero points as the kernels read them: in strides and dtype of the scales."""
+    """Zero points, or ratios, as the kernels read them: in strides and dtype of the scales."""
     if zero.stride() == scale.stride() and zero.dtype == scale.dtype:
         return zero
     return torch.empty_strided(scale.shape, scale.stride(), dtype=scale.dtype, device=zero.device).copy_(zero)
@@ -299,6 +300,7 @@ def launch(
     out_dtype: torch.dtype,
     config: Config | None,
     residual: Tensor | None = None,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """Multiplies in a configuration of `family`, the tables' one where `config` is None."""
     (m, k), n = x.shape, w_packed.shape[0]
@@ -332,6 +334,7 @@ def launch(
             x,
             w,
             None if residual is None else residual.contiguous(),
+            None if ratio is None else zero_layout(ratio, w_scale),
             w_scale,
             w_zero,
             None if x_scale is None else x_scale.contiguous(),

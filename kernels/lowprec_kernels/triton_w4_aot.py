@@ -38,12 +38,14 @@ def _type_of(family: Family) -> str:
 def _case(family: Family, kind: str, config: Config, group: int, *, hopper: bool, zero: bool = False) -> AotCase:
     codes, nested = kind in ("*i8", "*fp8e4nv"), family.name.startswith("nested8")
     signature = {
-        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "scale": "*bf16", "zero": "*bf16",
+        "x": kind, "w": "*u8" if codes else "*i32", "residual": "*i32", "ratio": "*bf16", "scale": "*bf16",
+        "zero": "*bf16",
         "x_scale": "*fp32", "x_sums": "*fp32", "bias": "*fp32", "out": "*bf16" if codes else kind,
         "workspace": "*fp32", "counters": "*i32",
     }  # fmt: skip
     present = {
-        "residual": nested, "zero": zero, "x_scale": codes, "x_sums": zero or kind == "*fp8e4nv", "bias": False,
+        "residual": nested, "ratio": nested, "zero": zero, "x_scale": codes, "x_sums": zero or kind == "*fp8e4nv",
+        "bias": False,
         "workspace": config.split_k > 1, "counters": config.split_k > 1,
     }  # fmt: skip
     integers = ("m", "n", "k", "stride_x", "stride_w", "stride_g", "stride_o", "stride_xm", "stride_xg")

@@ -15,8 +15,6 @@ from lowprec_kernels.triton_unpack import (
     nibbles_as_int8,
 )
 
-# Steps of the finer level of nested weights in one of the coarser.
-NESTED = tl.constexpr(8.0)
 # Columns of weights and of x: both as they are; weights permuted and x read so; x already permuted in memory.
 PLAIN = tl.constexpr(0)
 PERMUTE_X = tl.constexpr(1)
@@ -98,10 +96,19 @@ def _offset(
 
 
 @triton.jit
+def _scaled(codes, factor, FINE: tl.constexpr):
+    """codes [ROWS, COLUMNS] times factor [ROWS] float32, in the codes' dtype, which holds factors of coarse levels."""
+    if FINE:
+        return (codes.to(tl.float32) * factor[:, None]).to(codes.dtype)
+    return codes * factor.to(codes.dtype)[:, None]
+
+
+@triton.jit
 def w4_kernel(
     x,
     w,
     residual,
+    ratio,
     scale,
     zero,
     x_scale,
@@ -132,7 +139,7 @@ def w4_kernel(
     SPLIT_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """x [m, k], w [n, stride_w] words (float x) or bytes, last axis dense; scale, zero [n, k / GROUP], any strides."""
+    """x [m, k], w [n, stride_w] words (float x) or bytes, last axis dense; scale, zero, ratio [n, k / GROUP]."""
     HALF: tl.constexpr = STEP // 2
     KIND: tl.constexpr = x.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if KIND == tl.int8 else tl.float32
@@ -153,15 +160,15 @@ def w4_kernel(
     w_at = safe_n[:, None] * stride_w + units
     s_at = scale + safe_n * stride_s
     z_at = None if zero is None else zero + safe_n * stride_s
+    r_at = None if ratio is None else ratio + safe_n * stride_s
     groups = k // GROUP
     ahead = split * BLOCK_K // GROUP
     next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
+    next_ratios = None if r_at is None else _groups(r_at, ahead, groups, stride_g, COUNT)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     # What one of acc stands for.
     UNIT: tl.constexpr = FACTOR_INT8 if KIND == tl.int8 else FACTOR_FP8 if KIND == tl.float8e4nv else 1.0
-    if residual is not None:
-        UNIT = 1.0 / NESTED
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if x_sums is not None:
         # First, while registers are free.
@@ -174,6 +181,9 @@ def w4_kernel(
         factors = next_factors
         ahead = (block + SPLIT_K) * BLOCK_K // GROUP
         next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
+        if r_at is not None:
+            ratios = next_ratios
+            next_ratios = _groups(r_at, ahead, groups, stride_g, COUNT)
         for part in tl.static_range(PARTS):
             step = block * PARTS + part
             start = step * STEP
@@ -194,9 +204,11 @@ def w4_kernel(
                 lo -= z[:, None]
             if residual is not None:
                 r_lo, r_hi = _operands(residual + (w_at + step * UNITS), there, KIND, FAST, ORDER)
-                lo = lo * NESTED + r_lo
+                steps = _column(ratios, part * STEP // GROUP)
+                lo = lo * steps.to(KIND)[:, None] + r_lo
+                factor = factor / steps
             if SCALED:
-                lo *= factor.to(KIND)[:, None]
+                lo = _scaled(lo, factor, residual is not None)
                 acc = tl.dot(lo, x_lo, acc)
             else:
                 sums = tl.dot(lo, x_lo, none, out_dtype=SUM)
@@ -206,14 +218,17 @@ def w4_kernel(
                     acc += sums.to(tl.float32) * factor[:, None]
                 factor = _column(factors, part * STEP // GROUP + 1)
                 sums = none
+                if residual is not None:
+                    steps = _column(ratios, part * STEP // GROUP + 1)
+                    factor = factor / steps
             if SCALED and zero is not None:
                 if GROUP == 32:
                     z = tl.load(z_at + tl.minimum(first + 1, groups - 1) * stride_g).to(KIND)
                 hi -= z[:, None]
             if residual is not None:
-                hi = hi * NESTED + r_hi
+                hi = hi * steps.to(KIND)[:, None] + r_hi
             if SCALED:
-                hi *= factor.to(KIND)[:, None]
+                hi = _scaled(hi, factor, residual is not None)
                 acc = tl.dot(hi, x_hi, acc)
             else:
                 sums = tl.dot(hi, x_hi, sums, out_dtype=SUM)

@@ -49,8 +49,9 @@ ridge 1), calibrated on technical text, KL in nats on (technical, literature, co
 Token weights are `lowprec.steps.importance`; a second Hessian, of the outputs, is `lowprec.solvers.two_sided`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,47 +96,41 @@ class Gptq:
         Raises:
             ModelError: it is no X^T X.
         """
-        problem = _prepare(hessian.to(torch.float32), self.damping, self.activation_order)
+        problem = problem_of(hessian, self.damping, self.activation_order)
 
         def rounded(w: Tensor) -> QuantizedWeight:
             scale, lowest = fit_grid(w, fmt, problem.importance)
             codes = torch.empty(w.shape, dtype=fmt.code_dtype, device=w.device)
-            for start in range(0, w.shape[0], ROWS_AT_ONCE):
-                rows = slice(start, start + ROWS_AT_ONCE)
-                grid = _Grid(fmt, None if lowest is None else lowest[rows])
+            for rows in rows_at_once(w.shape[0]):
+                grid = _Windows(fmt, None if lowest is None else lowest[rows], problem)
                 found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], grid, problem)
                 codes[rows] = found.to(fmt.code_dtype)
             return QuantizedWeight(format=fmt.name, codes=codes, scale=scale)
 
         return rounded
 
-    def _solve_rows(self, w: Tensor, scale: Tensor, grid: "_Grid", problem: "_Problem") -> tuple[Tensor, Tensor]:
+    def _solve_rows(self, w: Tensor, scale: Tensor, grid: "Grid", problem: "Problem") -> tuple[Tensor, Tensor]:
         """w [R, K], scale [R, groups] -> codes [R, K] float32, scale [R, groups]."""
-        group_of = problem.order // (w.shape[1] // scale.shape[1])
+        group_of = problem.group_of(scale.shape[1])
         wt = w.T[problem.order].contiguous()
         error = torch.zeros_like(wt)
-        codes = _round_columns(wt, error, problem.feedback, scale, group_of, grid, reach_all=False)
+        codes = round_columns(wt, error, problem.feedback, scale, group_of, grid, reach_all=False)
         for _ in range(self.rounds):
             scale = refit_scales(w, codes[problem.place].T.contiguous(), scale, problem.hessian)
             torch.sub(wt, codes * scale.T[group_of], out=error)
-            codes = _round_columns(wt, error, problem.coupling, scale, group_of, grid, reach_all=True)
+            codes = round_columns(wt, error, problem.coupling, scale, group_of, grid, reach_all=True)
         return codes[problem.place].T, scale
 
 
-class _Grid:
-    """A format, and where the windows of some rows begin in each group ([R, groups]; None: all alike)."""
+class Grid(Protocol):
+    """The codes that the weights of some rows may have."""
 
-    def __init__(self, fmt: WeightFormat, lowest: Tensor | None) -> None:
-        self._fmt = fmt
-        self._lowest = None if lowest is None else lowest.T.contiguous()
-
-    def round(self, column: Tensor, scale: Tensor, group: int) -> Tensor:
-        """Nearest codes [R] of a column of a group, with scales [R]."""
-        return self._fmt.round(column, scale, None if self._lowest is None else self._lowest[group])
+    def round(self, column: Tensor, scale: Tensor, place: int) -> Tensor:
+        """Nearest codes [R], float32, of the column that is rounded as the `place`-th, with scales [R]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Problem:
+class Problem:
     """What all rows of a layer share.
 
     Attributes:
@@ -154,9 +149,36 @@ class _Problem:
     feedback: Tensor
     coupling: Tensor
 
+    def group_of(self, groups: int) -> Tensor:
+        """[K], the group of each column in the order of rounding, where a row has `groups` of them."""
+        return self.order // (len(self.order) // groups)
 
-def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> _Problem:
-    """Damps, orders and factorises a Hessian [K, K]."""
+
+class _Windows:
+    """A format, and where the windows of some rows begin in each group ([R, groups]; None: all alike)."""
+
+    def __init__(self, fmt: WeightFormat, lowest: Tensor | None, problem: Problem) -> None:
+        self._fmt = fmt
+        self._lowest = None if lowest is None else lowest.T[problem.group_of(lowest.shape[1])]
+
+    def round(self, column: Tensor, scale: Tensor, place: int) -> Tensor:
+        """See `Grid`."""
+        return self._fmt.round(column, scale, None if self._lowest is None else self._lowest[place])
+
+
+def rows_at_once(n: int) -> Iterator[slice]:
+    """Slices that cover `n` rows, ROWS_AT_ONCE or less each."""
+    for start in range(0, n, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, n))
+
+
+def problem_of(hessian: Tensor, damping: float = DAMPING, activation_order: bool = True) -> Problem:
+    """Damps, orders and factorises a Hessian [K, K].
+
+    Raises:
+        ModelError: it is no X^T X.
+    """
+    hessian = hessian.to(torch.float32)
     diagonal = hessian.diagonal()
     columns = torch.arange(hessian.shape[0], device=hessian.device)
     order = torch.argsort(diagonal, descending=True, stable=True) if activation_order else columns
@@ -169,7 +191,7 @@ def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> _Proble
     identity = torch.eye(len(columns), dtype=root.dtype, device=root.device)
     inverse_root = torch.linalg.solve_triangular(root, identity, upper=True)
     importance = 1.0 / inverse_root.square().sum(0)
-    return _Problem(
+    return Problem(
         hessian=damped[place][:, place].contiguous(),
         importance=importance[place],
         order=order,
@@ -213,8 +235,8 @@ def _factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _round_columns(
-    wt: Tensor, error: Tensor, feedback: Tensor, scale: Tensor, group_of: Tensor, grid: _Grid, *, reach_all: bool
+def round_columns(
+    wt: Tensor, error: Tensor, feedback: Tensor, scale: Tensor, group_of: Tensor, grid: Grid, *, reach_all: bool
 ) -> Tensor:
     """Rounds column after column to the grid point nearest to w[j] + sum over i of feedback[j, i] error[i].
 
@@ -243,7 +265,7 @@ def _round_columns(
         for j in range(stop - start):
             wanted = torch.addmv(target[j], change[:j].T, inside[j, :j])
             s = scale_of[groups[start + j]]
-            codes[start + j] = grid.round(wanted, s, groups[start + j])
+            codes[start + j] = grid.round(wanted, s, start + j)
             now = wt[start + j] - codes[start + j] * s
             torch.sub(now, error[start + j], out=change[j])
             error[start + j] = now
