@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowprec.artifacts.folder import RunFolder
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_named
 from lowprec.formats.nested import NestedWeight
 from lowprec.pipeline.context import context_of
 from lowprec.pipeline.prepare import Prepared, prepare
@@ -22,7 +22,8 @@ from lowprec.records import digest
 from lowprec.report import RunProgress
 from lowprec.settings import Settings, effort_named
 from lowprec.solvers import SOLVERS, LayerStatistics
-from lowprec.steps.calibrate import calibrate
+from lowprec.steps.calibrate import Calibration, calibrate
+from lowprec.steps.compensate import Compensation
 from lowprec.steps.judge import ratio_bounds
 from lowprec.steps.load import load
 from lowprec.steps.measure import compare, compare_tokens, paired, run_through
@@ -59,6 +60,19 @@ class Quality:
 
     def _scratch(self, name: str) -> Scratch:
         return Scratch(self.folder.path / f"work-{name}", digest(*self.prepared.inputs.values()))
+
+    def compensated(self, scheme: str) -> dict[str, QuantizedWeight]:
+        """Plane 1: every group in `scheme`, each making up for those before it, as a run rounds a mix."""
+        prepared = self.prepared
+        schemes = {g.name: resolve(scheme_named(scheme), g.k) for g in prepared.groups}
+        compensation = Compensation(
+            stream=prepared.stream, groups=prepared.groups, schemes=schemes, batches=self.batches,
+            outcome=prepared.context.model.outcome, calibration=Calibration(amax=(), batches=0),
+            rounder=prepared.rounder, folder=self.folder, inputs={**prepared.inputs, "base": scheme},
+            name=f"base-{scheme}",
+        )  # fmt: skip
+        with prepared.context.progress.step(f"plane 1, {scheme}", prepared.stream.depth + 1, "blocks") as step:
+            return compensation.run(self._scratch("base"), step.report)
 
     def nested(self, solved: Mapping[str, QuantizedWeight]) -> dict[str, NestedWeight]:
         """Plane 2 for these weights of plane 1."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lowprec.artifacts.compressed_tensors import write_artefact
     from lowprec.artifacts.folder import RunFolder
     from lowprec.artifacts.loading import apply_artefact, load_artefact
+    from lowprec.artifacts.nested import load_nested
     from lowprec.artifacts.own_form import write_own_form
     from lowprec.errors import (
         ArtifactError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         ModelError,
         UnsupportedError,
     )
+    from lowprec.nesting import nest_artefact
     from lowprec.onnx import export_onnx
     from lowprec.pipeline.artefact import Loaded, export
     from lowprec.pipeline.choose import Chosen, choose
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from lowprec.steps.importance import token_importance
     from lowprec.steps.judge import judge
     from lowprec.steps.load import Model, load, wrap
+    from lowprec.steps.nest import nest
     from lowprec.steps.scratch import Scratch
     from lowprec.steps.sensitivity import effects as sensitivity
     from lowprec.steps.solve import Rounder
@@ -115,6 +118,9 @@ _HOME = {
     "judge": "steps.judge:judge",
     "load": "steps.load:load",
     "load_artefact": "artifacts.loading:load_artefact",
+    "load_nested": "artifacts.nested:load_nested",
+    "nest": "steps.nest:nest",
+    "nest_artefact": "nesting:nest_artefact",
     "optimize": "api:optimize",
     "prepare": "pipeline.prepare:prepare",
     "price": "pipeline.price:price",
@@ -181,6 +187,9 @@ __all__ = [
     "judge",
     "load",
     "load_artefact",
+    "load_nested",
+    "nest",
+    "nest_artefact",
     "optimize",
     "prepare",
     "price",

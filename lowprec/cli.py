@@ -160,6 +160,35 @@ def export(
         Console().print(f"note: {_escape(note)}", soft_wrap=True)
 
 
+@app.command()
+@_interruptible("interrupted: nothing was written")
+def nest(
+    artefact: Annotated[Path, typer.Argument(help="Folder of a finished artefact with INT4 layers.")],
+    model: Annotated[str, typer.Option(help="What it was made from: name, folder or GGUF file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier artefact is replaced.")],
+    data: Annotated[list[str] | None, typer.Option(help="Text, JSONL, Parquet or datasets name; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Give an INT4 artefact a second level of nearly 8 bits, which a running model can switch to and from.
+
+    --debug anywhere shows tracebacks.
+    """
+    from lowprec.nesting import nest_artefact
+    from lowprec.report import RunProgress
+
+    _quiet_libraries()
+    with RunProgress() as progress:
+        written = nest_artefact(
+            artefact, model, out, data=data or (), seed=seed, trust_remote_code=trust_remote_code, progress=progress
+        )
+    Console().print(
+        f"{_escape(str(out))}: {len(written.layers)} layers of two levels, {written.bits_per_weight:.3f} bits a "
+        f"weight; {len(written.single)} quantised layers of one level",
+        soft_wrap=True,
+    )
+
+
 def _quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|compressed_tensors)\b.*")

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lowprec
+from lowprec import cli
 from lowprec.artifacts.compressed_tensors import write_artefact
 from lowprec.artifacts.digests import verify_digests, write_digests
 from lowprec.artifacts.loading import load_artefact
@@ -322,3 +324,61 @@ def test_a_loaded_artefact_runs_at_both_levels(tmp_path: Path) -> None:
         assert float((found - expected).norm() / expected.norm()) < 1e-3
     with pytest.raises(ConfigError, match="level 2 does not exist"):
         load_nested(tmp_path / "a", rungs=(2, 8))
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its text, and its INT4 artefact."""
+    place = tmp_path_factory.mktemp("nest")
+    tiny.folder(place / "model", "llama-untied")
+    tiny.text(place / "text.jsonl")
+    model = tiny.decoder("llama-untied")
+    model.config.architectures = [type(model).__name__]
+    solved = {name: tiny.rounded(m.weight.detach(), "int4-g32") for name, m in linear_layers(model).items()}
+    schemes = dict.fromkeys(solved, scheme_named("w4a16-g32"))
+
+    def finish(folder: Path) -> None:
+        write_digests(folder)
+
+    write_artefact(
+        place / "int4", config=model.config, tensors=model.state_dict(), solved=solved, schemes=schemes,
+        finish=finish,
+    )  # fmt: skip
+    return place
+
+
+def test_a_finished_artefact_gets_a_second_level(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(artefact / "text.jsonl")
+    made = lowprec.nest_artefact(
+        artefact / "int4", artefact / "model", artefact / "two", data=[text], calibration_tokens=1024
+    )
+    assert len(made.layers) == len(linear_layers(tiny.decoder("llama-untied")))
+    assert made.single == ()
+    for file in (artefact / "int4").iterdir():
+        if file.name != "digests.json":
+            assert (artefact / "two" / file.name).read_bytes() == file.read_bytes()
+    assert verify_digests(artefact / "two") == ()
+    found = read_nested(artefact / "two")
+    model = tiny.decoder("llama-untied")
+    for name, weight in found.items():
+        lost = (weight.dequantize(8) - model.get_submodule(name).weight.float()).norm()
+        assert lost < 0.2 * (weight.dequantize(4) - model.get_submodule(name).weight.float()).norm()
+    with pytest.raises(ArtifactError, match="has two levels already"):
+        lowprec.nest_artefact(artefact / "two", artefact / "model", artefact / "three")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["nest", str(artefact / "int4"), "--model", str(artefact / "model"), "--out", str(artefact / "cli"),
+                 "--data", text])  # fmt: skip
+    assert ended.value.code == 0
+    assert "layers of two levels, 8." in capsys.readouterr().out
+    assert read_nested(artefact / "cli").keys() == found.keys()
+
+
+def test_another_model_is_refused(artefact: Path, tmp_path: Path) -> None:
+    other = tiny.decoder("llama-untied", seed=3)
+    other.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="were made from another model"):
+        lowprec.nest_artefact(
+            artefact / "int4", tmp_path, tmp_path / "out", data=[str(artefact / "text.jsonl")], calibration_tokens=1024
+        )
+    assert not (tmp_path / "out").exists()
