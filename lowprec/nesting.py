@@ -26,6 +26,7 @@ from lowprec.pipeline.prepare import prepare
 from lowprec.records import digest
 from lowprec.report import RunProgress
 from lowprec.settings import Settings, effort_named
+from lowprec.steps.data import MINIMUM_TOKENS
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import Model, load
 from lowprec.steps.nest import nest
@@ -76,7 +77,11 @@ def nest_artefact(
     if (artefact / RESIDUAL).exists():
         raise ArtifactError(artefact, f"has two levels already ({RESIDUAL}); give an artefact of one")
     solved = read_back(artefact)
-    effort = dataclasses.replace(effort_named("fast"), name="nest", calibration_tokens=calibration_tokens)
+    # Nothing is judged here: the other splits are as small as they may be.
+    effort = dataclasses.replace(
+        effort_named("fast"), name="nest", calibration_tokens=calibration_tokens, sensitivity_tokens=MINIMUM_TOKENS,
+        tuning_tokens=MINIMUM_TOKENS, held_out_tokens=MINIMUM_TOKENS,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as place, progress or RunProgress() as shown:
         settings = Settings(
             out=Path(place), effort=effort, smooth=False, embeddings=True, data=tuple(map(str, data)), seed=seed

@@ -331,7 +331,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its text, and its INT4 artefact."""
     place = tmp_path_factory.mktemp("nest")
     tiny.folder(place / "model", "llama-untied")
-    tiny.text(place / "text.jsonl")
+    tiny.text(place / "text.jsonl", documents=480)
     model = tiny.decoder("llama-untied")
     model.config.architectures = [type(model).__name__]
     solved = {name: tiny.rounded(m.weight.detach(), "int4-g32") for name, m in linear_layers(model).items()}

@@ -33,6 +33,7 @@ constexpr int64_t CHUNK = 64;        // columns of a chunk: 32 bytes, two planes
 constexpr int64_t PLANE = 32;        // columns of a plane
 constexpr int64_t BYTES = 32;        // bytes of a chunk
 constexpr float LARGEST = 32639.0f;  // 127 * 256 + 127: largest code of x whose two bytes are both signed
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t OFFSET = 8;         // nibble of code 0
 constexpr int64_t ROWS = 8;           // rows of weights whose factors are made together
 constexpr int64_t AHEAD = 1024;      // bytes that are asked for ahead of use
@@ -79,9 +80,10 @@ struct Row {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * group;
       float largest = 0.0f, check = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : check)
       for (int64_t j = first; j < first + group; ++j) {
-        const float value = load(x, j);
-        largest = std::max(largest, std::fabs(value));
+        const float value = load(x, j), size = std::fabs(value);
+        largest = size > largest ? size : largest;
         check += value * 0.0f;
       }
       if (check != 0.0f) {
@@ -92,16 +94,21 @@ struct Row {
       const float inverse = largest > 0.0f ? LARGEST / largest : 0.0f;
       // Where that overflows, the values are too small to matter.
       if (!std::isfinite(inverse)) continue;
+      int32_t total = 0;
+#pragma omp simd reduction(+ : total)
       for (int64_t j = first; j < first + group; ++j) {
-        const int32_t found = static_cast<int32_t>(std::lrintf(load(x, j) * inverse));
-        sum[g] += found;
+        // Adding 1.5 * 2^23 leaves the nearest integer in the lower bits: an instruction where lrintf may be a call.
+        const float shifted = load(x, j) * inverse + MAGIC;
+        const int32_t found = static_cast<int32_t>(shifted - MAGIC);
+        total += found;
 #if defined(LOWPREC_PLAIN_CODES)
         code[j] = static_cast<int16_t>(found);
 #else
-        low[j] = static_cast<int8_t>(found & 255);
-        high[j] = static_cast<int8_t>((found - low[j]) / 256);
+        low[j] = static_cast<int8_t>(found);
+        high[j] = static_cast<int8_t>((found + 128) >> 8);
 #endif
       }
+      sum[g] = total;
       scale[g] = largest / LARGEST;
     }
     for (int64_t r = 1; r < ROWS; ++r) std::copy_n(scale.begin(), groups, scale.begin() + r * groups);
@@ -153,14 +160,16 @@ inline __m512 factor_of(const float* at) {
 template <bool FINE, bool SHORT, bool ZERO>
 float dot(
     const uint8_t* base, const uint8_t* rest, const int8_t* zero, const Row& x, const float* coarse, const float* fine,
-    int64_t chunks, int64_t per) {
+    int64_t chunks, int64_t per, int64_t groups) {
   __m512 sums = _mm512_setzero_ps(), more = _mm512_setzero_ps();
   const int8_t *high = x.high.data(), *low = x.low.data();
   const int32_t* sum = x.sum.data();
   for (int64_t c = 0, g = 0; c < chunks; g += SHORT ? 2 : 1) {
     Sums lower, upper;
-    lower.start<SHORT>(offset_of<ZERO>(zero, g) * sum[g], SHORT ? offset_of<ZERO>(zero, g + 1) * sum[g + 1] : 0);
-    if (FINE) upper.start<SHORT>(OFFSET * sum[g], OFFSET * sum[g + SHORT]);
+    // A row that ends in half a chunk has no second group there.
+    const bool both = SHORT && g + 1 < groups;
+    lower.start<SHORT>(offset_of<ZERO>(zero, g) * sum[g], both ? offset_of<ZERO>(zero, g + 1) * sum[g + 1] : 0);
+    if (FINE) upper.start<SHORT>(OFFSET * sum[g], both ? OFFSET * sum[g + 1] : 0);
     for (const int64_t stop = c + per; c < stop; ++c) {
       const __m512i x_high = _mm512_loadu_si512(high + c * CHUNK), x_low = _mm512_loadu_si512(low + c * CHUNK);
       lower.add(base + c * BYTES, x_high, x_low);
@@ -237,11 +246,11 @@ inline float total(const Part* sums) { return sums[0] + sums[1]; }
 template <bool FINE, bool SHORT, bool ZERO>
 float dot(
     const uint8_t* base, const uint8_t* rest, const int8_t* zero, const Row& x, const float* coarse, const float* fine,
-    int64_t chunks, int64_t per) {
+    int64_t chunks, int64_t per, int64_t groups) {
   Part sums[2] = {};
   float offset = 0.0f;
   for (int64_t c = 0, g = 0; c < chunks; g += SHORT ? 2 : 1) {
-    for (int64_t at = g; at <= g + SHORT; ++at) {
+    for (int64_t at = g; at < std::min(g + 1 + SHORT, groups); ++at) {
       const float whole = static_cast<float>(x.sum[at]);
       offset += coarse[at] * static_cast<float>(offset_of<ZERO>(zero, at)) * whole;
       if (FINE) offset += fine[at] * static_cast<float>(OFFSET) * whole;
@@ -290,7 +299,7 @@ void rows_of(const Weights& w, const std::vector<Row>& x, int64_t m, const float
           const int64_t j = first + r, at = j * w.chunks * BYTES, group = r * w.groups;
           const float sum = dot<FINE, SHORT, ZERO>(
               w.base + at, FINE ? w.rest + at : nullptr, ZERO ? w.zero + j * w.groups : nullptr, rows[i],
-              coarse + group, fine + group, w.chunks, w.per);
+              coarse + group, fine + group, w.chunks, w.per, w.groups);
           store(y, i * n + j, sum + (bias ? bias[j] : 0.0f));
         }
       }

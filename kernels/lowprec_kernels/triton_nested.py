@@ -25,8 +25,9 @@ def _family(group_size: int, level: int) -> Family:
 
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
-        # Two planes of each kind take twice the registers: long steps and wide tiles would spill with more rows.
-        return [c for c in found if level == 4 or c.block_m <= 16 or (c.block_k <= step and _narrow(c))]
+        # Two planes of each kind, and the ratios, take twice the registers: trips of several steps would spill, and so
+        # would wide tiles with more rows.
+        return [c for c in found if level == 4 or (c.block_k <= step and (c.block_m <= 16 or _narrow(c)))]
 
     return Family(name=base.name, candidates=candidates, bytes_x=base.bytes_x, bytes_w=base.bytes_w)
 
