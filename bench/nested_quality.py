@@ -105,11 +105,11 @@ class Quality:
                     found[layer] = SOLVERS[solver].solve(w, WEIGHT_FORMATS["int8"], statistics)
 
         groups = [g for g in prepared.groups if all(layer in wanted for layer in g.layers)]
+        scratch = self._scratch("int8")
+        scratch.clear()
         with prepared.context.progress.step(f"INT8 by {solver}", prepared.stream.depth + 1, "blocks") as step:
             outcome = prepared.context.model.outcome
-            calibrate(
-                prepared.stream, groups, self.batches, outcome, on_groups, self._scratch("int8"), progress=step.report
-            )
+            calibrate(prepared.stream, groups, self.batches, outcome, on_groups, scratch, progress=step.report)
         return {layer: weight.dequantize for layer, weight in found.items()}
 
     def measure(self, candidates: Mapping[str, Makers], parts: int | None = None) -> dict[str, Loss]:

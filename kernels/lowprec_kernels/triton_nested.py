@@ -19,6 +19,10 @@ def _narrow(config: Config) -> bool:
     return config.block_n * config.block_m <= 1024 * config.warps
 
 
+def _shallow(config: Config) -> bool:
+    return config.stages < 6
+
+
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
     step = step_of(group_size)
@@ -26,8 +30,10 @@ def _family(group_size: int, level: int) -> Family:
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
         # Two planes of each kind, and the ratios, take twice the registers: trips of several steps would spill, and so
-        # would wide tiles with more rows.
-        return [c for c in found if level == 4 or (c.block_k <= step and (c.block_m <= 16 or _narrow(c)))]
+        # would deep pipelines, and wide tiles with more rows.
+        return [
+            c for c in found if level == 4 or (c.block_k <= step and (_shallow(c) if c.block_m <= 16 else _narrow(c)))
+        ]
 
     return Family(name=base.name, candidates=candidates, bytes_x=base.bytes_x, bytes_w=base.bytes_w)
 

@@ -69,6 +69,8 @@ def nest(
     for layer in (layer for group in rows for layer in group.layers):
         found[layer] = fit(weight_of(stream.weighted[layer]).float(), bases[layer], None)
     wanted = [g for g in groups if not g.is_embedding and any(layer in bases for layer in g.layers)]
+    # Residuals are kept in memory alone: a pass that was cut begins anew.
+    scratch.clear()
     calibrate(stream, wanted, batches, outcome, on_groups, scratch, progress=progress)
     scratch.clear()
     return {layer: found[layer] for layer in bases}
