@@ -6,9 +6,12 @@ variant of the kernel, compiled once; pointers are the same, so changing it move
 Left out: quantised activations.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lowprec_kernels.packing import CHUNK
 from lowprec_kernels.triton_w4 import family, launch, step_of, tuned_group, unsupported
 from lowprec_kernels.tuning import Config, Family, Problem
 
@@ -19,21 +22,18 @@ def _narrow(config: Config) -> bool:
     return config.block_n * config.block_m <= 1024 * config.warps
 
 
-def _shallow(config: Config) -> bool:
-    return config.stages < 6
-
-
 def _family(group_size: int, level: int) -> Family:
     base = family(f"nested{level}a16", group_size, bytes_w=level / 8)
     step = step_of(group_size)
 
     def candidates(problem: Problem) -> list[Config]:
         found = [c for c in base.candidates(problem) if c.form != "dequantize"]
-        # Two planes of each kind, and the ratios, take twice the registers: trips of several steps would spill, and so
-        # would deep pipelines, and wide tiles with more rows.
-        return [
-            c for c in found if level == 4 or (c.block_k <= step and (_shallow(c) if c.block_m <= 16 else _narrow(c)))
-        ]
+        if level == 4:
+            return found
+        # Two planes of each kind, and the ratios, take twice the registers: trips of more than a chunk for few rows, of
+        # several steps for more, and wide tiles with more rows would spill.
+        short = [c for c in found if c.block_k <= step and (c.block_m <= 16 or _narrow(c))]
+        return [replace(c, block_k=CHUNK) if c.block_m <= 16 else c for c in short]
 
     return Family(name=base.name, candidates=candidates, bytes_x=base.bytes_x, bytes_w=base.bytes_w)
 

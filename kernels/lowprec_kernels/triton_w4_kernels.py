@@ -164,7 +164,6 @@ def w4_kernel(
     groups = k // GROUP
     ahead = split * BLOCK_K // GROUP
     next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
-    next_ratios = None if r_at is None else _groups(r_at, ahead, groups, stride_g, COUNT)
     inside = (rows_m < m)[None, :]
     none = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     # What one of acc stands for.
@@ -182,8 +181,8 @@ def w4_kernel(
         ahead = (block + SPLIT_K) * BLOCK_K // GROUP
         next_factors = _groups(s_at, ahead, groups, stride_g, COUNT)
         if r_at is not None:
-            ratios = next_ratios
-            next_ratios = _groups(r_at, ahead, groups, stride_g, COUNT)
+            # Asked for when they are needed: there are no registers for the next trip's.
+            ratios = _groups(r_at, block * BLOCK_K // GROUP, groups, stride_g, COUNT)
         for part in tl.static_range(PARTS):
             step = block * PARTS + part
             start = step * STEP
