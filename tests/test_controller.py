@@ -182,6 +182,18 @@ def test_measured_waits_correct_the_predicted_ones() -> None:
     assert found.demand.wait_factor > 4.0
 
 
+def test_a_day_without_requests_changes_nothing() -> None:
+    found = controller()
+    for step in range(1000):
+        found.decide(reading(0.02 * step, decode_tokens=4, admitted=int(step % 10 == 0)))
+        found.count("decode", found.top, 4, 4, 0.015)
+    work = found.demand.work_s[found.top]
+    assert found.decide(reading(1e6, decode_tokens=0)) == found.top
+    assert found.demand.work_s[found.top] == pytest.approx(work, rel=0.05)
+    overloaded(found, 1e6 + 1.0, 3.0)
+    assert found.rung == 0
+
+
 def test_nonsense_holds_the_rung_and_is_counted() -> None:
     found = controller()
     overloaded(found, 0.0, 1.0)

@@ -330,12 +330,13 @@ class Controller:
             self.tokens[rung] += made * passes
             self.bucket.pay(self.prices[rung], made * passes)
         try:
-            took = float(seconds)
+            took = seconds + 0.0
+            if not 0.0 < took < math.inf:
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
-            took = math.nan
-        if not 0.0 < took < math.inf:
             self.events[NONSENSE] += 1
-        elif phase == "prefill":
+            return
+        if phase == "prefill":
             self.demand.prompts_read(tokens, took)
         else:
             self.demand.decoded(rung, made, took, passes)

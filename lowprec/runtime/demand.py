@@ -20,6 +20,7 @@ QUANTILE_STEP = 0.1
 UPDATES_PER_CONSTANT = 15
 TELLING = 12.0
 MOST = 1 << 40
+LATEST_S = 1e15
 
 
 class Reading(NamedTuple):
@@ -43,8 +44,9 @@ class Reading(NamedTuple):
         """Whether all of it is numbers that can be true."""
         try:
             return (
-                -math.inf < float(self.now_s) < math.inf
-                and 0.0 <= float(self.oldest_wait_s) < math.inf
+                # A sum, for float() would take text.
+                -LATEST_S <= self.now_s + 0.0 <= LATEST_S
+                and 0.0 <= self.oldest_wait_s + 0.0 <= LATEST_S
                 and 0 <= index(self.prefill_tokens) <= MOST
                 and 0 <= index(self.decode_tokens) <= MOST
                 and 0 <= index(self.queue_length) <= MOST
@@ -131,8 +133,8 @@ class Demand:
         decay = math.exp(-elapsed / min(max(TELLING * self.work_s[-1], self.rate_s), self.longest_rate_s))
         self.arrivals_s = self.arrivals_s * decay + (1 - decay) * max(0, self._arrived) / elapsed
         self.tokens_s = self.tokens_s * decay + (1 - decay) * self._made / elapsed
-        # The mean over the last requests, however long ago they were.
-        decay = math.exp(-elapsed / self.mix_s) if self._requests > FEW else 1.0
+        # The mean over the last requests, however long ago they were: a night without any leaves a few.
+        decay = max(math.exp(-elapsed / self.mix_s), min(1.0, FEW / self._requests))
         self._requests = self._requests * decay + self._admitted
         self._prompts = self._prompts * decay + self._read
         self._outputs = self._outputs * decay + self._made
