@@ -5,7 +5,7 @@
 | Gelu               | 20    | x (1 + erf(x / sqrt 2)) / 2, or its tanh form                       |
 | LayerNormalization | 17    | (x - mean) / sqrt(mean square + epsilon) * scale + bias             |
 | ReduceMean, -Max   | 18    | axes as an attribute                                                |
-| Split              | 18    | without num_outputs, where the sizes are an input                   |
+| Split              | 18    | sizes as an input instead of num_outputs                            |
 | Reshape            | 14    | without allowzero                                                   |
 
 All else that the exporter writes has the same meaning at 13 as at 21; ONNX's checker passes over the result.
@@ -122,9 +122,22 @@ def _reduce(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
-    if len(node.inputs) < 2 or node.inputs[1] is None:
-        raise UnsupportedError("Split cannot be written out", (f"{node.name}: its sizes are not given",))
     node.attributes.pop("num_outputs", None)
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        return
+    x = node.inputs[0]
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    whole = None if x is None or x.shape is None else x.shape[axis]
+    if not isinstance(whole, int):
+        raise UnsupportedError("Split cannot be written out", (f"{node.name}: what it splits has a free size",))
+    # As num_outputs means it: equal parts, the last one smaller where they do not go up.
+    part = -(-whole // len(node.outputs))
+    sizes = [min(part, whole - part * i) for i in range(len(node.outputs))]
+    name = f"{node.name}.sizes"
+    value = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, np.int64), name=name))
+    graph.register_initializer(value)
+    node.resize_inputs(2)
+    node.replace_input_with(1, value)
 
 
 def _reshape(graph: ir.Graph, node: ir.Node) -> None:
