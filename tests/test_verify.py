@@ -140,6 +140,9 @@ class Priced:
     def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
         return "no such kernel" if scheme.name == "w8a8-fp8" else None
 
+    def products(self, scheme: Scheme, widths: tuple[int, ...]) -> tuple[int, ...]:
+        return widths
+
     def time(self, shapes, schemes, ms, progress=None):  # type: ignore[no-untyped-def]
         return [
             CostSample(
