@@ -269,9 +269,9 @@ def test_families() -> None:
     names = {family: [s.name for s in schemes_of_family(family)] for family in FAMILIES}
     assert names["bf16"] == ["bf16"]
     assert names["fp8"] == ["w8a8-fp8"]
-    assert sorted(names["int8"]) == ["w8a16", "w8a8-block", "w8a8-int8"]
+    assert sorted(names["int8"]) == ["w8a16", "w8a8-block", "w8a8-block64", "w8a8-int8"]
     rows = [f"w4a16-rows{percent}" for percent in (12, 25, 50, 6)]
-    assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-block", "w4a8-fp8", "w4a8-int8"]
+    assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-block", "w4a8-block64", "w4a8-fp8", "w4a8-int8"]
     assert sorted(names["int4-asym"]) == ["w4a16-asym", "w4a8-block-asym"]
     assert names["int3"] == ["w3a16"]
     assert {s.family for s in SCHEMES.values()} == set(names)
