@@ -26,8 +26,8 @@ class Look:
     hatched: bool = False
 
 
-ROWS, ZERO_POINTS, BLOCKS = "-rows", "-asym", "-block"
-# Names without "-static", "-asym" and "-rows..."; inputs in blocks are drawn as those by token. A group size only
+ROWS, ZERO_POINTS, BLOCKS = "-rows", "-asym", re.compile(r"-block\d*")
+# Names without "-static", "-asym" and "-rows..."; inputs in blocks are drawn as those by token, hatched. A group size only
 # changes the lightness.
 _FILLS = {
     "bf16": ("#b4bac2", DARK_INK, "16"),
@@ -73,4 +73,4 @@ def in_order(schemes: list[str]) -> list[str]:
 
 def _plain(scheme: str) -> str:
     plain = scheme.partition(ROWS)[0].removesuffix("-static").removesuffix(ZERO_POINTS)
-    return plain.replace(BLOCKS, "-int8")
+    return BLOCKS.sub("-int8", plain)
