@@ -27,8 +27,8 @@ class Look:
 
 
 ROWS, ZERO_POINTS, BLOCKS = "-rows", "-asym", re.compile(r"-block\d*")
-# Names without "-static", "-asym" and "-rows..."; inputs in blocks are drawn as those by token, hatched. A group size only
-# changes the lightness.
+# Names without "-static", "-asym" and "-rows..."; inputs in blocks are drawn as those by token, hatched. A group size
+# only changes the lightness.
 _FILLS = {
     "bf16": ("#b4bac2", DARK_INK, "16"),
     "w8a16": ("#56b4e9", DARK_INK, "8"),
