@@ -8,13 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError, ModelError, UnsupportedError
-from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, resolve, scheme_named
+from lowprec.formats import (
+    ACTIVATION_FORMATS,
+    SCHEMES,
+    WEIGHT_FORMATS,
+    QuantizedWeight,
+    per_block,
+    resolve,
+    scheme_named,
+)
 from lowprec.records import CostSample, Scheme
 from lowprec.runtime import KernelTable, QuantLinear, convert_
 from lowprec.runtime.dispatch import automatic, bucket_of, choose, fewest_rows, kernel_named, kinds, usable
 from lowprec_kernels.kernel import kernels_for
 
-QUANTISED = [s for s in SCHEMES.values() if s.weight is not None]
+QUANTISED = [s for s in SCHEMES.values() if s.weight is not None and not per_block(s)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -163,12 +171,19 @@ def test_table_measures_what_nobody_measured_and_says_so(caplog: pytest.LogCaptu
 
 def test_the_reference_is_never_chosen_automatically() -> None:
     for scheme in SCHEMES.values():
-        assert all(k.name != "reference" for k in automatic(resolve(scheme, 128), 48, 128))
+        if not per_block(scheme):
+            assert all(k.name != "reference" for k in automatic(resolve(scheme, 128), 48, 128))
     with pytest.raises(UnsupportedError, match="no kernel runs scheme w8a8-fp8"):
         automatic(scheme_named("w8a8-fp8"), 48, 128, device="meta")
     assert kinds(scheme_named("w4a8-int8-g64")) == ("int4", "int8")
     assert len(choose("reference", scheme_named("bf16"), 48, 128)) == 4
     assert set(kernels_for("int8", "int8", "meta")) == {"reference"}
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if per_block(s)], ids=lambda s: s.name)
+def test_inputs_in_blocks_are_left_to_the_runtimes_that_round_them(scheme: Scheme) -> None:
+    with pytest.raises(UnsupportedError, match=f"no kernel on cpu computes {resolve(scheme, 128).name}"):
+        automatic(resolve(scheme, 128), 48, 128)
 
 
 class Tied(nn.Module):
