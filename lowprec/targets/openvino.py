@@ -103,8 +103,9 @@ class OpenVinoTarget:
         samples: list[CostSample] = []
         for done, (n, k) in enumerate(shapes):
             samples += self._timed(n, k, [s for s in schemes if self.supports(s, n, k) is None], ms)
-            if progress is not None:
-                progress((done + 1) * len(ms), len(shapes) * len(ms))
+            for number in range(len(ms)):
+                if progress is not None:
+                    progress(done * len(ms) + number + 1, len(shapes) * len(ms))
         return samples
 
     def _timed(self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]) -> list[CostSample]:
