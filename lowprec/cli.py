@@ -140,7 +140,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of its artefact.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an earlier export is replaced.")],
     target: Annotated[
-        str, typer.Option(help="What is written: onnx, onnxruntime; ascend, migraphx, qnn, tensorrt, webgpu.")
+        str, typer.Option(help="What is written: onnx, onnxruntime, openvino; ascend, migraphx, qnn, tensorrt, webgpu.")
     ] = "onnx",
     accuracy: Annotated[
         str,

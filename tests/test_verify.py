@@ -166,6 +166,12 @@ def test_candidates_are_struck_out_with_the_reason() -> None:
     assert "128" in {s.scheme: s.reason for s in struck}["w4a16-g128"]
 
 
+def test_one_of_two_names_for_the_same_numbers_stands() -> None:
+    schemes = [scheme_named(name) for name in ("w4a8-block", "w8a16", "w4a8-block64", "w4a8-block-g64")]
+    allowed, _ = candidates([QKV], WIDTHS, schemes, Priced())
+    assert [s.name for s in allowed["qkv"]] == ["bf16", "w4a8-block-g64", "w8a16"]
+
+
 def test_the_head_computes_one_position_in_prefill() -> None:
     work = Workload(batch=2, prompt_tokens=100, output_tokens=10)
     assert rows_of(QKV, work) == (200, 2)

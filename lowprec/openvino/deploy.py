@@ -34,8 +34,6 @@ from lowprec.openvino.layers import block_for
 from lowprec.openvino.module import DATA, MODEL, OpenVinoModule
 from lowprec.records import Deployed, Scheme, digest
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
 
 def deploy(artefact: Path, out: Path) -> Deployed:
     """Writes an artefact for OpenVINO to `out`, whole or not at all.
@@ -93,9 +91,9 @@ def _write(exported: Path, out: Path, block: int, size: int) -> Deployed:
 
 def _fill(folder: Path, exported: Path, model: Any, notes: Sequence[str]) -> Deployed:
     openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
-    for name in COPIED:
-        if (exported / name).exists():
-            shutil.copyfile(exported / name, folder / name)
+    for file in exported.iterdir():
+        if file.name not in (ONNX_MODEL, ONNX_DATA, digests.FILE_NAME):
+            shutil.copyfile(file, folder / file.name)
     written = digests.write_digests(folder)
     return Deployed(
         weight_bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA)),

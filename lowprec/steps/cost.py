@@ -38,7 +38,10 @@ class GroupCost:
 def candidates(
     groups: Sequence[Group], widths: Widths, schemes: Sequence[Scheme], target: Target
 ) -> tuple[dict[str, tuple[Scheme, ...]], tuple[StruckOut, ...]]:
-    """The schemes that the target can run for each group, bfloat16 always first, and what was struck out and why."""
+    """The schemes that the target can run for each group, bfloat16 always first, and what was struck out and why.
+
+    Of names that come to the same numbers for a group, the first one stands for all.
+    """
     allowed: dict[str, tuple[Scheme, ...]] = {}
     struck: dict[tuple[str, int, int], StruckOut] = {}
     for group in groups:
@@ -58,7 +61,10 @@ def candidates(
                     break
             if reason is None and settled.name != "bf16":
                 kept.append(settled)
-        allowed[group.name] = tuple(dict.fromkeys(kept))
+        distinct: dict[tuple[str | None, str | None], Scheme] = {}
+        for scheme in kept:
+            distinct.setdefault((scheme.weight, scheme.activation), scheme)
+        allowed[group.name] = tuple(distinct.values())
     return allowed, tuple(struck.values())
 
 
