@@ -25,7 +25,6 @@ from lowprec.pipeline.artefact import export
 from lowprec.pipeline.choose import choose
 from lowprec.pipeline.context import Context, context_of
 from lowprec.pipeline.estimate import Estimate, estimate
-from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import prepare
 from lowprec.pipeline.price import price
 from lowprec.pipeline.prove import prove
@@ -36,6 +35,7 @@ from lowprec.report import RunProgress, numbers, report_html, report_json
 from lowprec.results import Report
 from lowprec.settings import Effort, Settings, effort_named, parse_budget
 from lowprec.steps.load import Model, load, wrap
+from lowprec.steps.memory import give_back_memory
 from lowprec.steps.rotate import turned
 from lowprec.targets import target_for
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import tiny
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, QuantizedWeight
 from lowprec.onnx.binding import Run
 from lowprec.onnx.checks import check_file
 from lowprec.onnx.graph import OPSET, Graph, graph_of, tidy
 from lowprec.onnx.nbits import EXACT, FAST, AccuracyLevel, blocks_of, matmul_nbits, merged, refuses_nbits
 from lowprec.onnx.partial import rotary_table, window_of
+from lowprec.onnx.products import TOKEN
 from lowprec.onnx.runtime_form import RuntimeForm, to_runtime
 from lowprec.onnx.session import left_padded, open_session, run_session
 
@@ -217,6 +218,24 @@ def test_attention_that_does_not_match_stays_plain_with_the_reason(tmp_path: Pat
     assert_equal_logits(model, path, [20, 7], [5], room=3)
     silent = to_runtime(made.graph, {}, {}, None)
     assert silent.plain_attention == "its configuration does not say for how many tokens it has positions"
+
+
+def test_a_head_whose_inputs_are_rounded_by_token_gets_its_rows_back(tmp_path: Path) -> None:
+    model = tiny.decoder("qwen3").float()
+    weight = tiny.rounded(model.lm_head.weight.detach(), "int8")
+    model.lm_head.weight = torch.nn.Parameter(weight.dequantize())
+    made = to_runtime(graph_of(model), {HEAD: weight}, {HEAD: TOKEN}, model.config.max_position_embeddings)
+    assert made.plain_attention is None
+    path = saved(made.graph, tmp_path)
+    assert kinds(path).count("MatMulIntegerToFloat") == 1
+    by_token = ACTIVATION_FORMATS["int8-token"]
+    model.lm_head.register_forward_pre_hook(lambda _, args: (by_token.fake_quantize(args[0]),))
+    rows = [tiny.batch(1, length, seed=length)[0] for length in (9, 4)]
+    ids, mask = left_padded(rows)
+    found = torch.from_numpy(Run(open_session(path, threads=1), 2).step(ids.numpy(), mask.numpy()))
+    for row, logits in zip(rows, found, strict=True):
+        # A value at a tie may be rounded otherwise: one code of one input.
+        torch.testing.assert_close(logits[-len(row) :], alone(model, row), rtol=0, atol=2e-3)
 
 
 def test_an_encoder_has_no_rows_to_move(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ OURS = (
     replace(HEALED, scheme="w4a16-g32-asym", rotated=True),
     replace(COMPENSATED, scheme="w3a16-g64"),
     replace(HEALED, scheme="w3a16-g64"),
+    replace(COMPENSATED, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(HEALED, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(PLAIN, scheme="w8a16"),
     replace(PLAIN, scheme="w8a8-int8"),

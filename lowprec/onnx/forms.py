@@ -11,7 +11,9 @@
 Left out, as nothing is won by it. w8a16: at level 1 and 8 bits MatMulNBits writes the whole weight out in float32 at
 every call, at one row tens of times as slow as float32. FP8: there is no product, it would run in float32.
 DynamicQuantizeLinear with one scale for all tokens: 5 to 20 % faster than a scale for each, at a loss of half a model's
-quality. INT8 inputs by token with 4-bit weights: there is no product.
+quality. INT8 inputs by token with 4-bit weights: there is no product. A second graph for few rows, with MatMulNBits
+over the same INT8 codes in the place of MatMulIntegerToFloat and the five operators around it, chosen by If once a
+step: 5 to 7 % more tokens a second in decode on the 135M demo, for 42 % more bytes.
 """
 
 from functools import partial

@@ -24,6 +24,8 @@ from lowprec.onnx.graph import Graph, constant, stored
 from lowprec.onnx.matching import Mismatch, only_reader
 
 HEADS = ("MatMul", "MatMulNBits", "Gemm")
+ROUNDED = ("Abs", "Div")
+"""What reads the input of a product by token (`lowprec.onnx.token`)."""
 END = (1 << 63) - 1
 
 
@@ -95,7 +97,7 @@ class Rows:
     def _move_back(self) -> None:
         """Puts the last hidden states into the order of the input, those that logits are wanted of."""
         node = self._graph.outputs[0].producer()
-        while node is not None and node.op_type not in HEADS:
+        while node is not None and not _multiplies(node):
             source = node.inputs[0]
             node = None if source is None else source.producer()
         hidden = None if node is None else node.inputs[0]
@@ -113,7 +115,7 @@ class Rows:
         one = self._constant("one", 1)
         wanted = self._node("Slice", [self._place, self._node("Neg", [keep]), self._constant("last", END), one])
         index = self._node("Unsqueeze", [wanted, self._constant("end", -1)])
-        readers = [use for use in hidden.uses() if use.node.op_type in HEADS]
+        readers = [use for use in hidden.uses() if use.node.op_type in (*HEADS, *ROUNDED)]
         moved = ir.node("GatherND", [hidden, index], {"batch_dims": 1}, name="rows.back")
         for use in readers:
             use.node.replace_input_with(use.idx, moved.outputs[0])
@@ -143,6 +145,13 @@ class Rows:
 
     def _scalar(self, name: str, number: int) -> ir.Value:
         return stored(self._graph, f"rows.{name}", np.array(number, dtype=np.int64))
+
+
+def _multiplies(node: ir.Node) -> bool:
+    """Whether a node reads what a head multiplies with its weight."""
+    if node.op_type == "Div":
+        return all(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses())
+    return node.op_type in HEADS
 
 
 def _is_size(node: ir.Node, length: int) -> bool:

@@ -24,13 +24,13 @@ from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.deploy import deploy, deployed_path, loaded_by
-from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
 from lowprec.records import ArtefactForm, Deployed
 from lowprec.results import CostResult, SchemeShare
 from lowprec.runtime.convert import weight_of
 from lowprec.steps.judge import Judgement
 from lowprec.steps.measure import run_through
+from lowprec.steps.memory import give_back_memory
 from lowprec.steps.stream import Overlay, Override, Stream
 from lowprec.steps.tokens import Batch
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from lowprec.artifacts.digests import FILE_NAME, verify_digests
 from lowprec.pipeline.choose import Chosen
-from lowprec.pipeline.memory import give_back_memory
 from lowprec.records import Deployed, digest
+from lowprec.steps.memory import give_back_memory
 from lowprec.targets import RuntimeTarget
 from lowprec.version import __version__
 

@@ -18,7 +18,6 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.pipeline.artefact import Loaded
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
-from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import example
 from lowprec.pipeline.serve import converted, optimised
 from lowprec.records import Scheme
@@ -26,6 +25,7 @@ from lowprec.results import ParityResult
 from lowprec.runtime.dispatch import fewest_rows
 from lowprec.runtime.linear import QuantLinear
 from lowprec.steps.measure import Run, run_through
+from lowprec.steps.memory import give_back_memory
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
 from lowprec.targets import RuntimeTarget

@@ -18,10 +18,10 @@ from lowprec.formats import QuantizedWeight, scheme_named
 from lowprec.pipeline.artefact import Artefact, input_scales, tables_of
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.deploy import deployed_path, loaded_by
-from lowprec.pipeline.memory import give_back_memory
 from lowprec.records import Scheme
 from lowprec.runtime.convert import convert_
 from lowprec.runtime.dispatch import KernelTable
+from lowprec.steps.memory import give_back_memory
 from lowprec.targets import RuntimeTarget
 
 BF16 = scheme_named("bf16")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice,
 from lowprec.steps.allocate import allocate
 from lowprec.steps.check import agreement
 from lowprec.steps.cost import GroupCost, in_unit, stored_bytes
+from lowprec.steps.memory import peak_memory_bytes
 from lowprec.steps.metrics import in_search_unit, shown
 from lowprec.targets.torch import measure_end_to_end
 from lowprec.version import __version__
@@ -73,7 +73,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         rounds=tuple((shown(metric, r.predicted), shown(metric, r.measured.loss)) for r in verified.rounds),
         environment=environment(context),
         seconds=context.progress.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_memory_bytes(),
         artefact=str(place),
         artefact_form=form,
         turned=context.model.original is not None,

@@ -24,6 +24,7 @@ from lowprec.formats.int8 import QMAX
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
 from lowprec.steps.importance import Importance
+from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream, products_of
@@ -191,6 +192,7 @@ def calibrate(
                 scratch.save(f"hidden-{index + 1}", hidden)
                 scratch.set_note("forward", (index + 1, amax))
                 scratch.forget(f"hidden-{index}")
+            trim()
             progress(index + 1, stream.depth + 1)
         outside = [g for g in multiplied if g.block is None and not stream.whole]
         if outside:

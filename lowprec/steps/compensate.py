@@ -34,6 +34,7 @@ from lowprec.solvers import LayerStatistics
 from lowprec.steps.calibrate import Calibration, Gather, Progress, StopForward
 from lowprec.steps.importance import Importance
 from lowprec.steps.learn import Learning, Passage
+from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import Rounder, overlay_of, overrides
@@ -177,6 +178,7 @@ class Compensation:
             reference = after
             if not stream.whole:
                 _checkpoint(scratch, index + 1, reference, rounded)
+            trim()
             progress(index + 1, stream.depth + 1)
         outside = [g for g in self._quantised if g.block is None and not stream.whole and not g.tables]
         if outside:

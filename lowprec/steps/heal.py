@@ -36,6 +36,7 @@ from lowprec.records import Group, Scheme
 from lowprec.steps.backward import backward, gathered
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.measure import Run, run_through
+from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.solve import overrides
 from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
@@ -116,6 +117,7 @@ class Healing:
                 self._gather(scales, self._overlay(scales, fixed), reference, positions)
                 for layer in scales.values():
                     layer.step(number, self.rate * _schedule(number, len(steps)))
+                trim()
                 progress(number, len(steps))
         return fixed | {name: layer.weight for name, layer in scales.items()}
 

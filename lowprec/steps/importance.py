@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from lowprec.records import Group
 from lowprec.steps.backward import backward
+from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.stream import NOTHING, Stream, fast_dtype, products_of
+from lowprec.steps.tokens import windows_of
 
 LARGEST = 20.0
 BATCHES_AT_ONCE = 2
@@ -71,6 +73,7 @@ def token_importance(
                 parts += squares[name]
             start += len(some)
             at_once, keep = BATCHES_AT_ONCE, None
+            trim()
     return {name: _scaled(parts, [outcome.positions(b) for b in batches]) for name, parts in found.items()}
 
 
@@ -103,8 +106,11 @@ def _squares(
         with stream.outer():
             for given, batch in zip(hidden, batches, strict=True):
                 leaf = given.to(stream.device).requires_grad_()
-                likelihood = outcome.sampled_log_likelihood(stream.leave(leaf, batch), batch, generator)
-                gradients.append(torch.autograd.grad(likelihood, leaf)[0])
+                for rows, window in windows_of(batch):
+                    output = stream.leave(leaf[rows], window)
+                    torch.autograd.backward(outcome.sampled_log_likelihood(output, window, generator))
+                assert leaf.grad is not None
+                gradients.append(leaf.grad)
         return gradients
 
     @contextlib.contextmanager

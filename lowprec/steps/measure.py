@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowprec.steps.calibrate import Progress
+from lowprec.steps.memory import trim
 from lowprec.steps.scores import PairedScores, token_scores
 from lowprec.steps.stream import NOTHING, Call, Overlay, Stream
 from lowprec.steps.tokens import TokenSet
@@ -42,6 +43,7 @@ def run_through(
             # In place: two lists of all hidden states would be a good part of a run's memory.
             for position, call in enumerate(calls):
                 hidden[position] = stream.run(index, hidden[position], call[index])
+        trim()
         progress(index + 1, stream.depth)
     return Run(stream=stream, hidden=hidden, overlay=overlay)
 
@@ -171,6 +173,7 @@ def measure_pairs(
                 after = [stream.run(index, h, call[index]) for h, call in zip(run.hidden, calls, strict=True)]
                 changed[pair] = dataclasses.replace(run, hidden=after)
             hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+        trim()
         progress(index + 1, stream.depth)
     for pair in (p for p, block in first.items() if block >= stream.depth):
         changed[pair] = Run(stream=stream, hidden=hidden, overlay=overlays[pair])

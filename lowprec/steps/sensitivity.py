@@ -33,6 +33,7 @@ from lowprec.errors import ArtifactError
 from lowprec.records import Group, Scheme, SensitivityRow
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.effects import Errors, Key, Probe, Row
+from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.stream import Call, Stream
@@ -200,6 +201,7 @@ def effects(
     for index in reversed(range(start)):
         rows, gradients = run.block(index, probe([g for g in groups if g.block == index]), gradients, calls)
         _checkpoint(scratch, index, rows, gradients)
+        trim()
         progress(stream.depth - index, stream.depth)
     for index in range(stream.depth + 1):
         keep(_stored_rows(scratch, index))
