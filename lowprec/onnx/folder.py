@@ -35,6 +35,7 @@ from lowprec.onnx.checks import LONG, check_file, check_outputs
 from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
 from lowprec.onnx.nbits import EXACT as FLOAT_INPUTS
+from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
@@ -246,9 +247,7 @@ def _fill(
 
 def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, ...]:
     """What the canonical form of these layers does otherwise than their artefact."""
-    notes = []
-    if rounding := sorted({s.name for s in schemes.values() if s.activation is not None}):
-        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
+    notes = unrounded(schemes.values())
     formats = [WEIGHT_FORMATS[scheme.weight] for scheme in schemes.values() if scheme.weight is not None]
     if any(fmt.bits == 3 for fmt in formats):
         notes.append("3-bit weights are stored in 4 bits")
@@ -261,7 +260,7 @@ def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, 
         notes.append(
             f"{', '.join(rewritten.tables)}: rows that an embedding reads have the values of the codes in float32"
         )
-    notes.append("weights that are not in codes are float32")
+    notes.append(FLOAT_WEIGHTS)
     return tuple(notes)
 
 

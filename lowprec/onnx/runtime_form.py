@@ -29,6 +29,7 @@ from lowprec.onnx.graph import Graph, tidy
 from lowprec.onnx.matching import Mismatch
 from lowprec.onnx.nbits import DOMAIN, EXACT, FAST
 from lowprec.onnx.norms import find_norms, settle_norms
+from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
 from lowprec.onnx.places import find_places
 from lowprec.onnx.products import Level, to_products
 from lowprec.onnx.tables import to_coded_tables
@@ -138,9 +139,7 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
     exact = [layer for layer in form.layers if levels[layer] == EXACT]
     if unscored := sorted({schemes[layer].name for layer in fast if level_of(schemes[layer]) != FAST}):
         notes.append(f"{', '.join(unscored)}: inputs are rounded to INT8 block by block, as they were not when scored")
-    kept = {schemes[layer] for layer in (*exact, *form.dense)}
-    if rounding := sorted(s.name for s in kept if s.activation is not None):
-        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
+    notes += unrounded(schemes[layer] for layer in (*exact, *form.dense))
     if any(WEIGHT_FORMATS[str(s.weight)].bits == 3 for s in schemes.values() if s.weight is not None):
         notes.append("3-bit weights are stored in 4 bits")
     if form.dense:
@@ -157,7 +156,7 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
         notes.append(f"a sequence may have {LONGEST} tokens, for which rotary angles are stored")
     if form.plain_attention is not None:
         notes.append(f"attention is in plain operators: {form.plain_attention}")
-    notes.append("weights that are not in codes are float32")
+    notes.append(FLOAT_WEIGHTS)
     return tuple(notes)
 
 

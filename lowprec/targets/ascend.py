@@ -13,10 +13,11 @@ Sources: hiascend.com, CANN operator list (ONNX 1.12, opset 9 to 18) and AMCT, O
 github.com/vllm-project/vllm-ascend, vllm_ascend/quantization.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
     from lowprec.onnx.fixed import Sizes
@@ -54,21 +55,7 @@ def write(request: Request) -> "OnnxArtefact":
         from lowprec.targets.ascend_vllm import write_vllm
 
         return write_vllm(request.source, request.out)
-    from lowprec.onnx import require_extra
-
-    require_extra()
-    from lowprec.onnx.fixed import sizes_of
-    from lowprec.onnx.targeted import write_for
-
-    sizes = sizes_of(request.sequence, request.past)
-
-    def make(graph: "Graph", source: "Source", file: Path) -> "Written":
-        return _make(request, sizes, graph, source, file)
-
-    return write_for(
-        "ascend", request.form, request.source, request.out, request.module, request.inputs, make=make,
-        verified=VERIFIED,
-    )  # fmt: skip
+    return through_graph("ascend", request, partial(_make, request, request.sizes), VERIFIED)
 
 
 def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", file: Path) -> "Written":

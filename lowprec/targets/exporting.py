@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowprec.errors import ConfigError
+from lowprec.onnx import require_extra
 from lowprec.registry import Registry, closest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lowprec.onnx.folder import OnnxArtefact
+    from lowprec.onnx.fixed import Sizes
+    from lowprec.onnx.folder import OnnxArtefact, Source
+    from lowprec.onnx.graph import Graph
+    from lowprec.onnx.targeted import Written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,6 +43,14 @@ class Request:
     module: "nn.Module | None" = None
     inputs: "Mapping[str, Tensor] | None" = None
 
+    @property
+    def sizes(self) -> "Sizes":
+        """Those of a form of fixed sizes; ConfigError for ones that cannot be."""
+        require_extra()
+        from lowprec.onnx.fixed import sizes_of
+
+        return sizes_of(self.sequence, self.past)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Exporter:
@@ -59,6 +71,22 @@ class Exporter:
 def names(text: str) -> frozenset[str]:
     """The words of a text: a list of operators as it stands in a target's file."""
     return frozenset(text.split())
+
+
+def through_graph(
+    target: str, request: Request, make: "Callable[[Graph, Source, Path], Written]", verified: str
+) -> "OnnxArtefact":
+    """Writes what `make` makes of the model's traced graph in the file that it is given, with all that is said above.
+
+    Args:
+        verified: how far the form was verified, for the metadata.
+    """
+    require_extra()
+    from lowprec.onnx.targeted import write_for
+
+    return write_for(
+        target, request.form, request.source, request.out, request.module, request.inputs, make=make, verified=verified
+    )
 
 
 EXPORTERS: Registry[Exporter] = Registry("export target", "lowprec.targets")

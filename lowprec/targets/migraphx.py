@@ -13,11 +13,12 @@ Sources: rocm.docs.amd.com/projects/AMDMIGraphX, "Supported ONNX Operators"; git
 src/onnx/parse_matmulnbits.cpp.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowprec.errors import UnsupportedError
-from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
     from lowprec.onnx.fixed import Sizes
@@ -50,21 +51,7 @@ VERIFIED = (
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    from lowprec.onnx import require_extra
-
-    require_extra()
-    from lowprec.onnx.fixed import sizes_of
-    from lowprec.onnx.targeted import write_for
-
-    sizes = sizes_of(request.sequence, request.past)
-
-    def make(graph: "Graph", source: "Source", file: Path) -> "Written":
-        return _make(request, sizes, graph, source, file)
-
-    return write_for(
-        "migraphx", request.form, request.source, request.out, request.module, request.inputs, make=make,
-        verified=VERIFIED,
-    )  # fmt: skip
+    return through_graph("migraphx", request, partial(_make, request, request.sizes), VERIFIED)
 
 
 def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", file: Path) -> "Written":
@@ -77,6 +64,7 @@ def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", fi
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.lowering import lower_opset
     from lowprec.onnx.nbits import DOMAIN
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.targeted import Written
     from lowprec.onnx.windows import deviation, text_of
@@ -89,10 +77,7 @@ def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", fi
     graph.model.opset_imports[DOMAIN] = 1
     ir.save(graph.model, file, external_data=DATA)
     check_operators(onnx.load(file, load_external_data=False), "MIGraphX", OPERATORS, SOURCE)
-    notes = [sizes.told(graph.kind)]
-    if rounding := sorted({s.name for s in source.schemes.values() if s.activation is not None}):
-        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
-    notes.append("weights that are not in codes are float32")
+    notes = [sizes.told(graph.kind), *unrounded(source.schemes.values()), FLOAT_WEIGHTS]
     return Written(layers=len(layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
 
 

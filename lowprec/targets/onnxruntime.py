@@ -1,22 +1,22 @@
 """The onnxruntime target: plans for, times, writes and runs models in onnxruntime on this CPU.
 
-What each scheme is computed by is `lowprec.onnx.forms`; all are timed as they will run, inputs rounded inside, layers
-that share an input and a scheme as one product, as they are written. The baseline is the same graph in float32. Threads
-are as many as torch has. Packages of the extra `onnx` are imported when they are needed.
+What each scheme is computed by is `lowprec.onnx.forms`. Layers that share an input and a scheme are timed as one
+product, as they are written. Packages of the extra `onnx` are imported when they are needed.
 """
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lowprec.formats import ACTIVATION_FORMATS, QuantizedWeight, resolve
+from lowprec.formats import QuantizedWeight, resolve
 from lowprec.onnx import RUNTIME_NEEDED, export_onnx, require_extra
-from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
-from lowprec.targets.base import TARGETS, Progress, installed, unfit, weight_bytes
+from lowprec.records import ArtefactForm, Deployed, Scheme
+from lowprec.targets.base import TARGETS, unfit
+from lowprec.targets.measured import MeasuredTarget
+from lowprec_kernels.timing import Timing
 
 if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact
@@ -24,42 +24,15 @@ if TYPE_CHECKING:
 FLOAT = "MatMul"
 
 
-class OnnxRuntimeTarget:
-    """onnxruntime on this machine's CPU.
+class OnnxRuntimeTarget(MeasuredTarget):
+    """onnxruntime on this machine's CPU."""
 
-    Args:
-        seconds_per_sample: time spent on each candidate, on average.
-    """
-
-    def __init__(self, seconds_per_sample: float = 0.15) -> None:
-        self.seconds_per_sample = seconds_per_sample
-
-    @property
-    def name(self) -> str:
-        """Name that plans use."""
-        return "onnxruntime"
+    name = "onnxruntime"
 
     @property
     def form(self) -> ArtefactForm:
         """What it loads."""
         return "onnxruntime"
-
-    @property
-    def device(self) -> str:
-        """Version, processor and threads."""
-        version, threads = installed("onnxruntime"), torch.get_num_threads()
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"cpu (onnxruntime {version}, {platform.machine()}, {capability}, {threads} threads)"
-
-    @property
-    def origin(self) -> Origin:
-        """All times are measured."""
-        return "measured"
-
-    @property
-    def baseline(self) -> str:
-        """The graph without codes."""
-        return "the same runtime, unquantised: the same graph in float32"
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -83,27 +56,10 @@ class OnnxRuntimeTarget:
         """All rows of a quantised group are one product."""
         return widths if scheme.weight is None else (sum(widths),)
 
-    def dense_bytes(self, own: int) -> int:
-        """Float32 is what it computes in."""
-        return 4
-
-    def time(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        schemes: Sequence[Scheme],
-        ms: Sequence[int],
-        progress: Progress | None = None,
-    ) -> list[CostSample]:
-        """See `lowprec.targets.base.Target.time`."""
-        samples: list[CostSample] = []
-        for done, (n, k) in enumerate(shapes):
-            samples += self._timed(n, k, [s for s in schemes if self.supports(s, n, k) is None], ms)
-            for number in range(len(ms)):
-                if progress is not None:
-                    progress(done * len(ms) + number + 1, len(shapes) * len(ms))
-        return samples
-
-    def _timed(self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]) -> list[CostSample]:
+    def timings(
+        self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]
+    ) -> tuple[Mapping[str, str], Mapping[tuple[str, int], Timing]]:
+        """See `MeasuredTarget.timings`."""
         from lowprec.onnx.forms import product_of
         from lowprec.onnx.layers import Product, time_products
 
@@ -115,24 +71,14 @@ class OnnxRuntimeTarget:
             if settled.weight is not None:
                 kernels[scheme.name], product = product_of(settled)
                 candidates[scheme.name] = product, settled.weight
-        found = time_products(candidates, n, k, ms, torch.get_num_threads(), self.seconds_per_sample)
-        return [
-            CostSample(
-                op="linear",
-                m=m,
-                n=n,
-                k=k,
-                scheme=scheme.name,
-                kernel=kernels[scheme.name],
-                p20_us=found[scheme.name, m].p20_us,
-                p50_us=found[scheme.name, m].p50_us,
-                p80_us=found[scheme.name, m].p80_us,
-                bytes=weight_bytes(scheme, n, k),
-                origin="measured",
-            )
-            for m in ms
-            for scheme in schemes
-        ]
+        return kernels, time_products(candidates, n, k, ms, torch.get_num_threads(), self.seconds_per_sample)
+
+    def multiplied(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> Tensor:
+        """See `MeasuredTarget.multiplied`."""
+        from lowprec.onnx.forms import product_of
+        from lowprec.onnx.layers import run_layer
+
+        return run_layer(product_of(scheme)[1], weight, x)
 
     def deploy(self, artefact: Path, out: Path) -> Deployed:
         """See `lowprec.targets.base.RuntimeTarget.deploy`."""
@@ -143,16 +89,6 @@ class OnnxRuntimeTarget:
         from lowprec.onnx.folder import write_unquantised
 
         return _deployed(write_unquantised(module, out))
-
-    def layer_error(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> float:
-        """See `lowprec.targets.base.RuntimeTarget.layer_error`."""
-        from lowprec.onnx.forms import product_of
-        from lowprec.onnx.layers import run_layer
-
-        y = run_layer(product_of(scheme)[1], weight, x).double()
-        rounded = x if scheme.activation is None else ACTIVATION_FORMATS[scheme.activation].fake_quantize(x)
-        truth = rounded.double() @ weight.dequantize().double().T
-        return float((y - truth).norm() / truth.norm().clamp_min(1e-30))
 
     def load(self, path: Path, room: int) -> Any:
         """See `lowprec.targets.base.RuntimeTarget.load`."""

@@ -17,12 +17,13 @@ requirements, LPBQ, context binaries, weight sharing), version 2.7.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowprec.artifacts import digests
 from lowprec.errors import ArtifactError, ConfigError
-from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
     from lowprec.onnx.dense import Bits
@@ -53,20 +54,7 @@ PROVIDER = "QNNExecutionProvider"
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    from lowprec.onnx import require_extra
-
-    require_extra()
-    from lowprec.onnx.fixed import sizes_of
-    from lowprec.onnx.targeted import write_for
-
-    sizes = sizes_of(request.sequence, request.past)
-
-    def make(graph: "Graph", source: "Source", file: Path) -> "Written":
-        return _quantize(request, sizes, graph, source, file)
-
-    return write_for(
-        "qnn", request.form, request.source, request.out, request.module, request.inputs, make=make, verified=VERIFIED
-    )
+    return through_graph("qnn", request, partial(_quantize, request, request.sizes), VERIFIED)
 
 
 def _quantize(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", file: Path) -> "Written":

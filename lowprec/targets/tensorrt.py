@@ -13,11 +13,12 @@ Sources: github.com/onnx/onnx-tensorrt, docs/operators.md (TensorRT 10.15); docs
 "Working with Quantized Types" and "Explicit Quantization".
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowprec.errors import UnsupportedError
-from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact, Source
@@ -48,18 +49,7 @@ VERIFIED = (
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    from lowprec.onnx import require_extra
-
-    require_extra()
-    from lowprec.onnx.targeted import write_for
-
-    def make(graph: "Graph", source: "Source", file: Path) -> "Written":
-        return _make(request, graph, source, file)
-
-    return write_for(
-        "tensorrt", request.form, request.source, request.out, request.module, request.inputs, make=make,
-        verified=VERIFIED,
-    )  # fmt: skip
+    return through_graph("tensorrt", request, partial(_make, request), VERIFIED)
 
 
 def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Written":
@@ -72,6 +62,7 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.graph import tidy
     from lowprec.onnx.lowering import float_cumsum
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.rounded_inputs import LARGEST, round_inputs
     from lowprec.onnx.targeted import Written
@@ -105,9 +96,8 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
             f"{len(rounded)} products with INT8 or FP8 weights round inputs to one fixed range of the probe text, "
             "as they did not when scored"
         )
-    if narrow := sorted({s.name for s in source.schemes.values() if s.activation and str(s.weight).startswith("int4")}):
-        notes.append(f"{', '.join(narrow)}: weights are in codes; inputs are not rounded, as they were when scored")
-    notes.append("weights that are not in codes are float32")
+    notes += unrounded(s for s in source.schemes.values() if str(s.weight).startswith("int4"))
+    notes.append(FLOAT_WEIGHTS)
     return Written(layers=len(rewritten.layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names
+from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact, Source
@@ -38,18 +38,7 @@ VERIFIED = (
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    from lowprec.onnx import require_extra
-
-    require_extra()
-    from lowprec.onnx.targeted import write_for
-
-    def make(graph: "Graph", source: "Source", file: Path) -> "Written":
-        return _make(request, graph, source, file)
-
-    return write_for(
-        "webgpu", request.form, request.source, request.out, request.module, request.inputs, make=make,
-        verified=VERIFIED,
-    )  # fmt: skip
+    return through_graph("webgpu", request, partial(_make, request), VERIFIED)
 
 
 def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Written":
@@ -61,6 +50,7 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.graph import tidy
     from lowprec.onnx.nbits import DOMAIN, EXACT, matmul_nbits
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
     from lowprec.onnx.operators import name_of, nodes_of
     from lowprec.onnx.targeted import Written
     from lowprec.onnx.windows import deviation, text_of
@@ -70,12 +60,10 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     tidy(graph)
     ir.save(graph.model, file, external_data=DATA)
     elsewhere = sorted({name_of(n) for n in nodes_of(onnx.load(file, load_external_data=False).graph)} - OPERATORS)
-    notes = []
-    if rounding := sorted({s.name for s in source.schemes.values() if s.activation is not None}):
-        notes.append(f"{', '.join(rounding)}: weights are in codes; inputs are not rounded, as they were when scored")
+    notes = unrounded(source.schemes.values())
     if elsewhere:
         notes.append(f"{', '.join(elsewhere)}: not in WebGPU's list, so the CPU of the browser runs them")
-    notes.append("weights that are not in codes are float32")
+    notes.append(FLOAT_WEIGHTS)
     text = text_of(source.path, graph.kind, request.inputs)
     return Written(layers=len(layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
 
