@@ -36,7 +36,7 @@ class Scheme:
     """
 
     name: str
-    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int3"]
+    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3"]
     weight: str | None
     activation: str | None
 

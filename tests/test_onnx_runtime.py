@@ -1,5 +1,6 @@
 """onnxruntime's own form: its operators compute what the codes say, its graphs answer as torch does at any size."""
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from lowprec.onnx.checks import check_file
 from lowprec.onnx.graph import OPSET, Graph, graph_of, tidy
 from lowprec.onnx.nbits import EXACT, FAST, AccuracyLevel, blocks_of, matmul_nbits, merged, refuses_nbits
 from lowprec.onnx.partial import rotary_table, window_of
-from lowprec.onnx.products import TOKEN
-from lowprec.onnx.runtime_form import RuntimeForm, to_runtime
+from lowprec.onnx.phases import MANY
+from lowprec.onnx.products import PHASES, TOKEN
+from lowprec.onnx.runtime_form import RuntimeForm, exact_twin, to_runtime
 from lowprec.onnx.session import left_padded, open_session, run_session
 
 SLOW = pytest.mark.slow
@@ -236,6 +238,37 @@ def test_a_head_whose_inputs_are_rounded_by_token_gets_its_rows_back(tmp_path: P
     for row, logits in zip(rows, found, strict=True):
         # A value at a tie may be rounded otherwise: one code of one input.
         torch.testing.assert_close(logits[-len(row) :], alone(model, row), rtol=0, atol=2e-3)
+
+
+def test_weights_of_two_levels_are_read_in_four_bits_and_multiplied_in_eight(tmp_path: Path) -> None:
+    model = tiny.decoder("llama").float()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    solved = {name: tiny.rounded(m.weight.detach(), "int4-two-level-g64") for name, m in layers.items()}
+    for name, m in layers.items():
+        m.weight = torch.nn.Parameter(solved[name].dequantize())
+    made = to_runtime(graph_of(model), solved, dict.fromkeys(solved, PHASES), model.config.max_position_embeddings)
+    assert made.plain_attention is None
+    path = saved(made.graph, tmp_path)
+    branches = {
+        a.name: a.g for n in onnx.load(path, load_external_data=False).graph.node for a in n.attribute if a.g.node
+    }
+    found = {name: collections.Counter(n.op_type for n in g.node) for name, g in branches.items()}
+    assert found["then_branch"]["MatMulNBits"] == found["else_branch"]["MatMulIntegerToFloat"] == 4 * 3 + 1
+    assert "MatMulIntegerToFloat" not in found["then_branch"]
+    with exact_twin(path) as twin:
+        assert_equal_logits(model, twin, [MANY + 3, 5], [7])
+    for length, rounding in ((MANY - 1, "int8-block64"), (MANY, "int8-token")):
+        ids, inputs = tiny.batch(1, length), ACTIVATION_FORMATS[rounding]
+        handles = [
+            m.register_forward_pre_hook(lambda _, a, f=inputs: (f.fake_quantize(a[0]),)) for m in layers.values()
+        ]
+        expected = alone(model, ids[0])
+        for handle in handles:
+            handle.remove()
+        logits = Run(open_session(path, threads=1), 1).step(ids.numpy(), torch.ones_like(ids).numpy())[0]
+        error, off = (float((torch.from_numpy(logits) - x).norm() / x.norm()) for x in (expected, alone(model, ids[0])))
+        # Values at ties may be rounded otherwise, and what follows then differs by a code here and there.
+        assert error < off / 4, f"{length} tokens: inputs are rounded as {rounding} does"
 
 
 def test_an_encoder_has_no_rows_to_move(tmp_path: Path) -> None:

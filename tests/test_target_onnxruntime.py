@@ -34,6 +34,7 @@ from lowprec.report import report_from_json
 from lowprec.results import Report
 from lowprec.steps import judge
 from lowprec.targets import RuntimeTarget, target_for
+from lowprec.targets.base import weight_bytes
 from lowprec.targets.onnxruntime import OnnxRuntimeTarget
 
 TARGET = OnnxRuntimeTarget(seconds_per_sample=0.0)
@@ -67,6 +68,14 @@ def test_the_scored_model_rounds_as_the_runtime_does(name: str, rows: int) -> No
 @pytest.mark.parametrize("name", ["w8a8-block", "w8a8-int8"])
 def test_rows_that_are_no_whole_number_of_blocks(name: str, k: int) -> None:
     assert TARGET.layer_error(scheme_named(name), random_weight("int8", 24, k), wild(3, k)) < 2e-6
+
+
+def test_two_levels_are_timed_as_they_run_and_held_twice() -> None:
+    name = "w4a8-two-level-g64"
+    few, many = TARGET.time([(64, 384)], [scheme_named(name)], [1, 64])
+    assert (few.kernel, many.kernel) == ("MatMulNBits level 4", "MatMulIntegerToFloat")
+    held = {s: weight_bytes(scheme_named(s), 64, 384) for s in (name, "w8a8-int8")}
+    assert few.bytes == many.bytes == sum(held.values())
 
 
 def test_blocks_are_rounded_apart() -> None:

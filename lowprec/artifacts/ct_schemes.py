@@ -21,7 +21,7 @@ from typing import Any, Final
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from lowprec.formats.base import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from lowprec.formats.schemes import ASYMMETRIC, for_tables, per_block
+from lowprec.formats.schemes import ASYMMETRIC, TWO_LEVEL, for_tables, per_block
 from lowprec.records import Scheme
 
 MIXED: Final = "mixed-precision"
@@ -99,6 +99,8 @@ def unsupported(module: Any, scheme: Scheme) -> str | None:
         return f"{name} is not nn.Linear, and a loader of compressed-tensors would leave it with random weights"
     if for_tables(scheme):
         return f"{scheme.name} has rows of two widths, and compressed-tensors knows one width for a tensor"
+    if TWO_LEVEL in scheme.weight:
+        return f"{scheme.name} has scales of two levels, and compressed-tensors does not say so of scales"
     if per_block(scheme):
         return f"{scheme.name} rounds inputs block by block, which no runtime that reads compressed-tensors does"
     if scheme.weight.endswith(ASYMMETRIC):

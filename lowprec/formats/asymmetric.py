@@ -57,6 +57,10 @@ class AsymmetricInteger:
             best_error = torch.where(better, error, best_error)
         return best_scale
 
+    def store_scales(self, scale: Tensor) -> Tensor:
+        """[N, groups] -> their bfloat16 values."""
+        return as_bfloat16(scale)
+
     def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
         """[..., g], [..., 1] -> [..., 1]: where the window of least weighted squared error begins."""
         best = torch.zeros_like(scale)

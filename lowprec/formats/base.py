@@ -88,6 +88,9 @@ class WeightFormat(Protocol):
             importance: [g] or [..., g] non-negative weights of the squared error, None for plain absolute maximum.
         """
 
+    def store_scales(self, scale: Tensor) -> Tensor:
+        """[N, groups] float32, all scales of whole rows -> the nearest that can be stored, float32 of bfloat16."""
+
     def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor | None:
         """Smallest code that each slab may have, [..., g] and its scales [..., 1] -> [..., 1] float32; None where that
         is the same for all slabs (symmetric formats)."""

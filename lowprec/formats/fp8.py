@@ -41,6 +41,10 @@ class Fp8Weight:
         """[..., g] -> [..., 1]: a floating grid gains nothing from clipping, so `importance` is not used."""
         return as_bfloat16(slab.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(TINY)
 
+    def store_scales(self, scale: Tensor) -> Tensor:
+        """[N, groups] -> their bfloat16 values."""
+        return as_bfloat16(scale)
+
     def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> None:
         """The grid is symmetric."""
         return

@@ -65,6 +65,10 @@ class MixedRows:
         """[..., g] -> [..., 1], the coarse grid's scale."""
         return self._coarse.fit_scale(slab, importance)
 
+    def store_scales(self, scale: Tensor) -> Tensor:
+        """[N, groups] -> their bfloat16 values."""
+        return self._coarse.store_scales(scale)
+
     def fit_lowest(self, slab: Tensor, scale: Tensor, importance: Tensor | None = None) -> None:
         """Both grids are symmetric."""
         return

@@ -5,7 +5,8 @@ A scheme changes the numbers; two kernels that compute the same numbers are form
 INT4 with zero points. `w4a16-rows25` is for tables of a vocabulary alone: INT4 with the 25 % of rows that matter most
 in INT8 (`lowprec.formats.rows`). `w4a8-block` and `w8a8-block` round inputs to INT8 block by block
 (`lowprec.formats.block`): the blocks of INT4 weights are their groups, those of INT8 weights are 128 long;
-`w4a8-block64` and `w8a8-block64` have blocks of 64, whatever the weights have.
+`w4a8-block64` and `w8a8-block64` have blocks of 64, whatever the weights have. `w4a8-two-level` is INT4 that is INT8
+within each row (`lowprec.formats.two_level`).
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,9 @@ ROW_PERCENTS = (6, 12, 25, 50)
 ROWS = "-rows"
 ASYMMETRIC = "-asym"
 BLOCK = "-block"
+TOKEN = "int8-token"
 FIXED_BLOCK = 64
+TWO_LEVEL = "-two-level"
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -33,7 +36,7 @@ def _schemes() -> dict[str, Scheme]:
         Scheme(name="w8a8-fp8-static", family="fp8", weight="fp8", activation="fp8-static"),
         Scheme(name="w8a8-int8-static", family="int8", weight="int8", activation="int8-static"),
     ]
-    for prefix, activation in (("w4a16", None), ("w4a8-int8", "int8-token"), ("w4a8-fp8", "fp8-token")):
+    for prefix, activation in (("w4a16", None), ("w4a8-int8", TOKEN), ("w4a8-fp8", "fp8-token")):
         found.append(Scheme(name=prefix, family="int4", weight="int4", activation=activation))
         found += [
             Scheme(name=f"{prefix}-g{g}", family="int4", weight=f"int4-g{g}", activation=activation)
@@ -46,6 +49,10 @@ def _schemes() -> dict[str, Scheme]:
         zero = f"{size}{ASYMMETRIC}"
         found.append(Scheme(name=f"w4a16{zero}", family="int4-asym", weight=f"int4{zero}", activation=None))
         found.append(Scheme(name=f"w3a16{size}", family="int3", weight=f"int3{size}", activation=None))
+        levels = f"int4{TWO_LEVEL}"
+        found.append(
+            Scheme(name=f"w4a8{TWO_LEVEL}{size}", family="int4-two-level", weight=f"{levels}{size}", activation=TOKEN)
+        )
         # Without a size it is only a name for the one that fits.
         blocks = f"int8{BLOCK}{size.removeprefix('-g') or GROUP_SIZES[0]}"
         found.append(Scheme(name=f"w4a8{BLOCK}{size}", family="int4", weight=f"int4{size}", activation=blocks))

@@ -102,7 +102,7 @@ def random_weight(fmt: str, n: int, k: int, seed: int = 0) -> QuantizedWeight:
     limit = (1 << (found.bits - 1)) - 1
     codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
     scale = torch.rand(n, k // (found.group_size or k), generator=generator) / 64 + 1 / 128
-    return QuantizedWeight(format=fmt, codes=codes, scale=scale.to(torch.bfloat16).float())
+    return QuantizedWeight(format=fmt, codes=codes, scale=found.store_scales(scale))
 
 
 def time_products(

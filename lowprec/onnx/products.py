@@ -19,12 +19,15 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.graph import Graph, constant, lazy_constant
 from lowprec.onnx.nbits import AccuracyLevel, matmul_nbits, merged, refuses_nbits
+from lowprec.onnx.phases import matmul_in_phases
 from lowprec.onnx.places import Place, in_two_widths, replace_product, take_place
 from lowprec.onnx.token import matmul_token
 
 TOKEN: Literal["token"] = "token"
-Level = AccuracyLevel | Literal["token"]
-"""How a product rounds its inputs: MatMulNBits' accuracy levels, or INT8 by token (`lowprec.onnx.token`)."""
+PHASES: Literal["phases"] = "phases"
+Level = AccuracyLevel | Literal["token", "phases"]
+"""How a product rounds its inputs: MatMulNBits' accuracy levels, INT8 by token, or either by how many rows there are
+(`lowprec.onnx.token`, `lowprec.onnx.phases`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,6 +106,8 @@ def product_at(graph: ir.Graph, x: ir.Value, layer: str, weight: QuantizedWeight
     """x W^T of a weight of one width, x rounded as `level` says; the last node has the result."""
     if level == TOKEN:
         return matmul_token(graph, x, layer, weight)
+    if level == PHASES:
+        return matmul_in_phases(graph, x, layer, weight)
     return matmul_nbits(graph, x, layer, weight, level)
 
 

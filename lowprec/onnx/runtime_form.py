@@ -5,6 +5,7 @@
     norms            `norms`: SkipSimplifiedLayerNormalization and its kin
     attention        `attention`: GroupQueryAttention with angles and cache inside, padding taken out by `padding`
     SiLU             `activations`: QuickGelu
+    w4a8-two-level   `phases`: of decoders, another form of the whole graph for few rows
 
 At decoding a small model spends as much time between nodes as in them. What cannot be rewritten stays in its plain
 form, with the reason; a planned layer must be rewritten.
@@ -30,8 +31,9 @@ from lowprec.onnx.matching import Mismatch
 from lowprec.onnx.nbits import DOMAIN, EXACT, FAST
 from lowprec.onnx.norms import find_norms, settle_norms
 from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+from lowprec.onnx.phases import MANY, in_phases
 from lowprec.onnx.places import find_places
-from lowprec.onnx.products import Level, to_products
+from lowprec.onnx.products import PHASES, Level, to_products
 from lowprec.onnx.tables import to_coded_tables
 from lowprec.onnx.token import unround
 from lowprec.records import Scheme
@@ -83,6 +85,8 @@ def to_runtime(
     settle_norms(made.model)
     fuse_silu(made.model)
     RemoveUnusedNodesPass()(made.model)
+    if made.kind == "decoder":
+        made = in_phases(made)
     layers = tuple(layer for layer, place in places.items() if place.products and layer not in dense)
     most = positions if plain or positions is None else min(positions, LONGEST)
     return RuntimeForm(graph=made, layers=layers, dense=dense, tables=tables, plain_attention=plain, positions=most)
@@ -119,11 +123,13 @@ def positions_of(module: nn.Module) -> int | None:
 def exact_twin(file: Path) -> Iterator[Path]:
     """A copy of the graph at `file`, over the same weights, that rounds no input; only while open."""
     model = onnx.load(file, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
+    inner = [a.g for node in model.graph.node for a in node.attribute if a.HasField("g")]
+    # From within: `unround` puts copies of the nodes into the place of a graph's own.
+    for graph in (*inner, model.graph):
+        for attribute in (a for node in graph.node for a in node.attribute):
             if attribute.name == "accuracy_level":
                 attribute.i = EXACT
-    unround(model.graph)
+        unround(graph)
     twin = file.with_name("exact.onnx")
     onnx.save(model, twin)
     try:
@@ -142,6 +148,11 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
     notes += unrounded(schemes[layer] for layer in (*exact, *form.dense))
     if any(WEIGHT_FORMATS[str(s.weight)].bits == 3 for s in schemes.values() if s.weight is not None):
         notes.append("3-bit weights are stored in 4 bits")
+    if phased := sorted({schemes[layer].name for layer in form.layers if levels[layer] == PHASES}):
+        notes.append(
+            f"{', '.join(phased)}: in calls of fewer than {MANY} tokens inputs are rounded in the blocks of "
+            "the groups, which is finer than by token, as was scored; weights are the same, stored in 4 and in 8 bits"
+        )
     if form.dense:
         notes.append(f"{_some(form.dense)}: weights are float32, because onnxruntime has no kernel for FP8 on CPUs")
     if slow := [layer for layer in exact if _has_int8(schemes[layer])]:

@@ -27,6 +27,7 @@ from lowprec.onnx.nbits import DOMAIN
 
 LARGEST, ZERO_POINT = 127, 128
 TINY = 1e-30
+PRODUCT = "MatMulIntegerToFloat"
 
 
 def matmul_token(
@@ -52,7 +53,7 @@ def matmul_token(
     largest = ir.node("ReduceMax", [size.outputs[0], last], {"keepdims": 1})
     share = ir.node("Div", [x, largest.outputs[0]])
     rounded = ir.node("QuantizeLinear", [share.outputs[0], step, zero])
-    product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, step, scale, zero], domain=DOMAIN, name=layer)
+    product = ir.node(PRODUCT, [rounded.outputs[0], codes, step, scale, zero], domain=DOMAIN, name=layer)
     whole = ir.node("Mul", [product.outputs[0], largest.outputs[0]])
     nodes = [size, largest, share, rounded, product, whole]
     return nodes if bias is None else [*nodes, ir.node("Add", [whole.outputs[0], bias])]
@@ -65,7 +66,7 @@ def unround(graph: onnx.GraphProto) -> None:
     graph.initializer.append(least)
     made = []
     for node in graph.node:
-        if node.op_type != "MatMulIntegerToFloat":
+        if node.op_type != PRODUCT:
             made.append(node)
             continue
         share, (_, codes, _, scale, _) = producers[producers[node.input[0]].input[0]], node.input

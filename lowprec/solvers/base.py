@@ -109,4 +109,4 @@ def fit_grid(w: Tensor, fmt: WeightFormat, importance: Tensor | None) -> tuple[T
         starts = fmt.fit_lowest(slabs, found, weights)
         if lowest is not None and starts is not None:
             lowest[rows] = starts[..., 0]
-    return scale, lowest
+    return fmt.store_scales(scale), lowest

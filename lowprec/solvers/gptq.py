@@ -60,6 +60,8 @@ from lowprec.errors import ConfigError, ModelError
 from lowprec.formats.base import QuantizedWeight, WeightFormat, as_bfloat16
 from lowprec.solvers.base import SOLVERS, LayerStatistics, check_inputs, fit_grid
 
+Store = Callable[[Tensor], Tensor]
+"""Scales [R, groups] of whole rows -> the nearest that a format can store."""
 DAMPING = 0.2
 BLOCK_COLUMNS = 128
 ROWS_AT_ONCE = 2048
@@ -103,20 +105,24 @@ class Gptq:
             codes = torch.empty(w.shape, dtype=fmt.code_dtype, device=w.device)
             for rows in rows_at_once(w.shape[0]):
                 grid = _Windows(fmt, None if lowest is None else lowest[rows], problem)
-                found, scale[rows] = self._solve_rows(w[rows].to(torch.float32), scale[rows], grid, problem)
+                found, scale[rows] = self._solve_rows(
+                    w[rows].to(torch.float32), scale[rows], grid, problem, fmt.store_scales
+                )
                 codes[rows] = found.to(fmt.code_dtype)
             return QuantizedWeight(format=fmt.name, codes=codes, scale=scale)
 
         return rounded
 
-    def _solve_rows(self, w: Tensor, scale: Tensor, grid: "Grid", problem: "Problem") -> tuple[Tensor, Tensor]:
+    def _solve_rows(
+        self, w: Tensor, scale: Tensor, grid: "Grid", problem: "Problem", store: Store
+    ) -> tuple[Tensor, Tensor]:
         """w [R, K], scale [R, groups] -> codes [R, K] float32, scale [R, groups]."""
         group_of = problem.group_of(scale.shape[1])
         wt = w.T[problem.order].contiguous()
         error = torch.zeros_like(wt)
         codes = round_columns(wt, error, problem.feedback, scale, group_of, grid, reach_all=False)
         for _ in range(self.rounds):
-            scale = refit_scales(w, codes[problem.place].T.contiguous(), scale, problem.hessian)
+            scale = refit_scales(w, codes[problem.place].T.contiguous(), scale, problem.hessian, store)
             torch.sub(wt, codes * scale.T[group_of], out=error)
             codes = round_columns(wt, error, problem.coupling, scale, group_of, grid, reach_all=True)
         return codes[problem.place].T, scale
@@ -272,14 +278,15 @@ def round_columns(
     return codes
 
 
-def refit_scales(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-    """The bfloat16 scales of least output error for given codes, row by row; a row that they do not help keeps its own.
+def refit_scales(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, store: Store = as_bfloat16) -> Tensor:
+    """The stored scales of least output error for given codes, row by row; a row that they do not help keeps its own.
 
     Args:
         w: [N, K] weights.
         codes: [N, K] float32.
         scale: [N, groups], the scales so far.
         hessian: [K, K], positive definite.
+        store: scales of whole rows -> the nearest that the format can store.
 
     Returns:
         [N, groups] float32 of bfloat16 values.
@@ -300,8 +307,8 @@ def refit_scales(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Te
     # Groups whose codes are all zero have no curvature: the ridge makes the rest of the row solvable, they keep theirs.
     ridge = 1e-6 * curvature.mean(-1, keepdim=True) + torch.finfo(w.dtype).tiny
     factor, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(ridge.expand(n, groups)))
-    fitted = as_bfloat16(torch.cholesky_solve(linear[..., None], factor)[..., 0])
-    fitted = torch.where(curvature > 0, fitted, scale)
+    solution = torch.cholesky_solve(linear[..., None], factor)[..., 0]
+    fitted = store(torch.where(curvature > 0, solution, scale))
 
     def objective(s: Tensor) -> Tensor:
         return ((quadratic @ s[..., None])[..., 0] * s - 2 * linear * s).sum(-1)

@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec.formats import QuantizedWeight
-from lowprec.formats.base import as_bfloat16
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.steps.backward import backward, gathered
 from lowprec.steps.calibrate import Calibration, Progress
@@ -53,7 +52,7 @@ class _Scales:
     """One layer's codes, and its scales on their way."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        self._start = weight
+        self._start, self._format = weight, WEIGHT_FORMATS[weight.format]
         self._shift = torch.zeros_like(weight.scale)
         self._mean, self._square = torch.zeros_like(weight.scale), torch.zeros_like(weight.scale)
         self._gradient = torch.zeros_like(weight.scale)
@@ -61,7 +60,7 @@ class _Scales:
     @property
     def weight(self) -> QuantizedWeight:
         """The codes with the scales as they would be stored now."""
-        return replace(self._start, scale=as_bfloat16(self._start.scale * self._shift.exp()))
+        return replace(self._start, scale=self._format.store_scales(self._start.scale * self._shift.exp()))
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""

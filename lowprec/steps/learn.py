@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
-from lowprec.formats.base import as_bfloat16
 from lowprec.steps.backward import gathered
 from lowprec.steps.stream import Call, Overlay, Stream
 
@@ -82,7 +81,7 @@ class _Layer:
         """As it would be stored now."""
         fmt, shape = WEIGHT_FORMATS[self._start.format], self._start.scale.shape
         codes = fmt.round((self._latent + self._offset).view(*shape, -1), self._one, self._lowest)
-        scale = as_bfloat16(self._start.scale * self._shift.exp())
+        scale = fmt.store_scales(self._start.scale * self._shift.exp())
         return replace(self._start, codes=codes.view_as(self._latent).to(fmt.code_dtype), scale=scale)
 
     def dequantize(self) -> Tensor:

@@ -54,11 +54,15 @@ class MeasuredTarget(ABC):
     def supports(self, scheme: Scheme, n: int, k: int) -> str | None:
         """See `lowprec.targets.base.Target.supports`."""
 
+    def loaded_bytes(self, scheme: Scheme, n: int, k: int) -> int:
+        """Of a weight [n, k] with its scales, as the runtime holds it."""
+        return weight_bytes(scheme, n, k)
+
     @abstractmethod
     def timings(
         self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]
-    ) -> tuple[Mapping[str, str], Mapping[tuple[str, int], Timing]]:
-        """Scheme -> what computes it, and (scheme, M) -> how long that takes for a weight [n, k]; all supported."""
+    ) -> Mapping[tuple[str, int], tuple[str, Timing]]:
+        """(scheme, M) -> what computes it there, and how long that takes for a weight [n, k]; all are supported."""
 
     @abstractmethod
     def multiplied(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> Tensor:
@@ -81,7 +85,8 @@ class MeasuredTarget(ABC):
         return samples
 
     def _samples(self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]) -> list[CostSample]:
-        kernels, found = self.timings(n, k, schemes, ms)
+        found = self.timings(n, k, schemes, ms)
+        timed = [(m, scheme, *found[scheme.name, m]) for m in ms for scheme in schemes]
         return [
             CostSample(
                 op="linear",
@@ -89,15 +94,14 @@ class MeasuredTarget(ABC):
                 n=n,
                 k=k,
                 scheme=scheme.name,
-                kernel=kernels[scheme.name],
-                p20_us=found[scheme.name, m].p20_us,
-                p50_us=found[scheme.name, m].p50_us,
-                p80_us=found[scheme.name, m].p80_us,
-                bytes=weight_bytes(scheme, n, k),
+                kernel=kernel,
+                p20_us=timing.p20_us,
+                p50_us=timing.p50_us,
+                p80_us=timing.p80_us,
+                bytes=self.loaded_bytes(scheme, n, k),
                 origin="measured",
             )
-            for m in ms
-            for scheme in schemes
+            for m, scheme, kernel, timing in timed
         ]
 
     def layer_error(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> float:

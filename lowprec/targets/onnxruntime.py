@@ -4,6 +4,7 @@ What each scheme is computed by is `lowprec.onnx.forms`. Layers that share an in
 product, as they are written. Packages of the extra `onnx` are imported when they are needed.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lowprec.formats import QuantizedWeight, resolve
 from lowprec.onnx import RUNTIME_NEEDED, export_onnx, require_extra
 from lowprec.records import ArtefactForm, Deployed, Scheme
-from lowprec.targets.base import TARGETS, unfit
+from lowprec.targets.base import TARGETS, unfit, weight_bytes
 from lowprec.targets.measured import MeasuredTarget
 from lowprec_kernels.timing import Timing
 
@@ -37,7 +38,7 @@ class OnnxRuntimeTarget(MeasuredTarget):
     @property
     def schemes(self) -> tuple[str, ...]:
         """What it computes without zero points, and the finest blocks besides the longest that fit."""
-        return ("int8", "int4", "w4a8-block-g32")
+        return ("int8", "int4", "int4-two-level", "w4a8-block-g32")
 
     def require(self) -> None:
         """Raises ConfigError, with the remedy, when packages of the extra `onnx` are missing or too old."""
@@ -56,22 +57,27 @@ class OnnxRuntimeTarget(MeasuredTarget):
         """All rows of a quantised group are one product."""
         return widths if scheme.weight is None else (sum(widths),)
 
+    def loaded_bytes(self, scheme: Scheme, n: int, k: int) -> int:
+        """See `MeasuredTarget.loaded_bytes`; what has a form for few rows and one for many is there twice."""
+        from lowprec.onnx.forms import forms_of
+
+        return sum(weight_bytes(form, n, k) for form in forms_of(resolve(scheme, k)))
+
     def timings(
         self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]
-    ) -> tuple[Mapping[str, str], Mapping[tuple[str, int], Timing]]:
+    ) -> Mapping[tuple[str, int], tuple[str, Timing]]:
         """See `MeasuredTarget.timings`."""
-        from lowprec.onnx.forms import product_of
+        from lowprec.onnx.forms import product_for
         from lowprec.onnx.layers import Product, time_products
 
-        kernels: dict[str, str] = {}
         candidates: dict[str, tuple[Product, str] | None] = {}
-        for scheme in schemes:
+        kernels: dict[tuple[str, int], str] = {}
+        for scheme, m in itertools.product(schemes, ms):
             settled = resolve(scheme, k)
-            kernels[scheme.name], candidates[scheme.name] = FLOAT, None
-            if settled.weight is not None:
-                kernels[scheme.name], product = product_of(settled)
-                candidates[scheme.name] = product, settled.weight
-        return kernels, time_products(candidates, n, k, ms, torch.get_num_threads(), self.seconds_per_sample)
+            kernel, made = (FLOAT, None) if settled.weight is None else product_for(settled, m)
+            kernels[scheme.name, m], candidates[f"{scheme.name} {kernel}"] = kernel, made
+        timed = time_products(candidates, n, k, ms, torch.get_num_threads(), self.seconds_per_sample)
+        return {(name, m): (kernel, timed[f"{name} {kernel}", m]) for (name, m), kernel in kernels.items()}
 
     def multiplied(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> Tensor:
         """See `MeasuredTarget.multiplied`."""

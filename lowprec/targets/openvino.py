@@ -63,7 +63,7 @@ class OpenVinoTarget(MeasuredTarget):
 
     def timings(
         self, n: int, k: int, schemes: Sequence[Scheme], ms: Sequence[int]
-    ) -> tuple[Mapping[str, str], Mapping[tuple[str, int], Timing]]:
+    ) -> Mapping[tuple[str, int], tuple[str, Timing]]:
         """See `MeasuredTarget.timings`."""
         from lowprec.onnx.layers import time_products
         from lowprec.openvino.layers import bound, open_layers, product
@@ -72,7 +72,7 @@ class OpenVinoTarget(MeasuredTarget):
         candidates = {name: None if weight is None else (product, weight) for name, weight in weights.items()}
         threads = torch.get_num_threads()
         found = time_products(candidates, n, k, ms, threads, self.seconds_per_sample, opened=open_layers, bound=bound)
-        return dict.fromkeys(weights, KERNEL), found
+        return {key: (KERNEL, timing) for key, timing in found.items()}
 
     def multiplied(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> Tensor:
         """See `MeasuredTarget.multiplied`."""
