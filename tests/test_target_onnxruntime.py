@@ -239,6 +239,22 @@ def test_a_run_is_judged_in_the_runtime(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_of_two_levels_says_what_decode_loses(place: Path, tmp_path: Path) -> None:
+    report = run(place, tmp_path / "out", schemes=("int4-two-level",))
+    assert {share.scheme for share in report.schemes} >= {"w4a8-two-level-g64", "w4a8-two-level-g128"}
+    graph = onnx.load(Path(report.artefact) / "model.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node] == ["Size", "Less", "If"]
+    assert report.parity.holds
+    decode, scored = report.parity.decode_kl_nats, report.parity.scored_kl_nats
+    assert decode is not None
+    assert scored is not None
+    # Not the same rounding of inputs, but the same weights, whose error is most of the loss.
+    assert decode != scored
+    assert decode == pytest.approx(scored, rel=0.5)
+    assert "decode there" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_the_loaded_model_goes_on_from_its_cache(place: Path) -> None:
     model = OnnxModule(place / "out" / "onnxruntime", threads=1, room=4)
     ids = tiny.batch(2, 12)

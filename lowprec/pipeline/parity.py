@@ -8,7 +8,9 @@ Whole models are compared by KL, beside the noise that computing the scored mode
     plain     transformers alone in bfloat16, which rounds INT8 activations by 127.5 (told, not demanded)
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,7 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
             noise_kl_nats=noise,
             runtime_kl_nats=runtime,
             plain_kl_nats=_plain(chosen, loaded, few, expected),
-            token_match=_token_match(chosen, loaded),
+            **dataclasses.asdict(_generated(chosen, loaded)),
         )
 
 
@@ -103,25 +105,45 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
     return found
 
 
-@torch.no_grad()
-def _token_match(chosen: Chosen, loaded: Loaded) -> float | None:
-    """Share of the tokens that the runtime generates which the scored model gives after the same text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Generated:
+    """What a runtime of its own makes token by token; see `ParityResult`."""
 
-    Greedily, with the runtime's cache, from prompts out of tuning text; None where the runtime is torch.
-    """
+    token_match: float | None = None
+    decode_kl_nats: float | None = None
+    scored_kl_nats: float | None = None
+
+
+@torch.no_grad()
+def _generated(chosen: Chosen, loaded: Loaded) -> _Generated:
+    """Greedily, with the runtime's cache, from prompts out of tuning text; nothing where the runtime is torch."""
     prepared = chosen.prepared
     prompts = [ids[:PROMPT_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROMPT_TOKENS][:PROMPTS]
     if loaded.served is None or prepared.context.model.kind != "decoder" or not prompts:
-        return None
+        return _Generated()
     whole, cache, given = torch.stack(prompts), None, torch.stack(prompts)
+    steps = []
     for _ in range(GENERATED):
         answer = loaded.served(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        given, cache = answer.logits[:, -1:].argmax(-1), answer.past_key_values
+        steps.append(answer.logits[:, -1:].float())
+        given, cache = steps[-1].argmax(-1), answer.past_key_values
         whole = torch.cat([whole, given], 1)
     batch = Batch(ids=whole, lengths=torch.full((len(whole),), whole.shape[1]), index=tuple(range(len(whole))))
-    (logits,) = outputs_of(run_through(prepared.as_stored, [batch], chosen.overlay), [batch])
-    expected = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
-    return float((expected == whole[:, PROMPT_TOKENS:]).double().mean())
+    made = slice(PROMPT_TOKENS - 1, -1)
+    (scored,) = outputs_of(run_through(prepared.as_stored, [batch], chosen.overlay), [batch])
+    (reference,) = outputs_of(run_through(prepared.as_stored, [batch]), [batch])
+    scored, reference = scored[:, made], reference[:, made]
+    # The first token comes of the prompt, not of decode.
+    return _Generated(
+        token_match=float((scored.argmax(-1) == whole[:, PROMPT_TOKENS:]).double().mean()),
+        decode_kl_nats=_mean_kl(reference[:, 1:], torch.cat(steps[1:], 1)),
+        scored_kl_nats=_mean_kl(reference[:, 1:], scored[:, 1:]),
+    )
+
+
+def _mean_kl(reference: Tensor, output: Tensor) -> float:
+    expected = reference.log_softmax(-1)
+    return float((expected.exp() * (expected - output.log_softmax(-1))).sum(-1).mean())
 
 
 def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float:

@@ -100,6 +100,9 @@ def _parity(report: Report) -> str:
     )
     if parity.token_match is not None:
         text += f"; {numbers.percent(parity.token_match)} of the tokens generated there are the scored model's"
+    if parity.decode_kl_nats is not None and parity.scored_kl_nats is not None:
+        decode, scored = (numbers.significant(x, 2) for x in (parity.decode_kl_nats, parity.scored_kl_nats))
+        text += f"; decode there is {decode} nats from the unquantised model, the scored model {scored}"
     return text
 
 

@@ -133,7 +133,8 @@ class Probe:
     def take(self) -> Row:
         """The batch's effects, each [B]; starts anew."""
         for group, table, ids, leaf in self._read:
-            if leaf.grad is not None:
+            # Where no scheme that is offered is one for tables, there is nothing to score.
+            if leaf.grad is not None and self._weights[group.name]:
                 errors = self._errors[group.layers[0]]
                 found = _table_effects(table, ids, leaf.grad, errors)
                 self._add(group, "table", self._weights[group.name], found)
