@@ -526,7 +526,7 @@ def test_targets_and_places_that_are_refused(
         with pytest.raises(ConfigError, match="the artefact's own folder"):
             export_onnx(tmp_path, inside)
     other = checkpoint(tmp_path / "other")
-    with pytest.raises(ArtifactError, match="no earlier ONNX export"):
+    with pytest.raises(ArtifactError, match="no earlier export"):
         export_onnx(source, other)
     assert verify_digests(source) == verify_digests(other) == ()
     weights = source / "model.safetensors"

@@ -1,6 +1,7 @@
 """onnxruntime's own form: its operators compute what the codes say, its graphs answer as torch does at any size."""
 
 import collections
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,18 @@ def test_angles_that_depend_on_the_length_are_no_table() -> None:
     made.model.graph.insert_before(nodes["Cos"], [length, longer])
     nodes["Cos"].replace_input_with(0, longer.outputs[0])
     assert rotary_table(made.model, cos, sin, 64) == "its rotary angles depend on the length of the text"
+
+
+def test_angles_that_change_from_some_length_on_are_no_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    long = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, "factor": 8.0}
+    config = copy.deepcopy(tiny.DECODERS["llama"])
+    config.max_position_embeddings, half = 256, config.hidden_size // config.num_attention_heads // 2
+    config.rope_parameters = long | {"short_factor": [1.0] * half, "long_factor": [4.0] * half}
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    made = formed(model)
+    assert "depend on the length" in str(made.plain_attention)
+    assert_equal_logits(model, saved(made.graph, tmp_path), [40, 20], [33])
 
 
 def test_masks_are_asked_what_they_hide() -> None:

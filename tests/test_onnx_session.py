@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from lowprec.artifacts.loading import leave_inputs_, load_artefact
 from lowprec.artifacts.own_form import write_own_form
 from lowprec.artifacts.source import weights_digest
 from lowprec.cli import main
-from lowprec.errors import ArtifactError, ConfigError
+from lowprec.errors import ArtifactError, ConfigError, ModelError
 from lowprec.formats import SCHEMES
 from lowprec.onnx import export_onnx
+from lowprec.onnx.module import OnnxModule
 from lowprec.onnx.sampling import Sampler
 from lowprec.onnx.session import Session
 from lowprec.runtime.convert import weight_of, weighted_modules
@@ -246,7 +248,18 @@ def test_what_a_session_refuses(exported: Path, tmp_path: Path, monkeypatch: pyt
         session.generate([])
     assert session.positions is not None
     with pytest.raises(ConfigError, match=f"{session.positions + 1} tokens are asked for"):
-        session.generate([[1] * session.positions], 1)
+        session.generate([[1] * session.positions], 2)
+    assert len(session.generate([[1] * session.positions], 1)[0]) == 1, "the last token is told, not read"
+    for prompts in (["hello"], [1, 2], [[1.5]]):
+        with pytest.raises(ConfigError, match="a prompt is a list of token ids"):
+            session.generate(prompts)  # type: ignore[arg-type]
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for wrong_ids in (ids[:0], ids[:, :0], ids[0], ids.float()):
+        with pytest.raises(ConfigError, match="token ids are"):
+            session.logits(wrong_ids)
+    for mask in (ids[:, :2], 2 * ids):
+        with pytest.raises(ConfigError, match="the mask is 0 or 1"):
+            session.logits(ids, mask)
     with pytest.raises(ConfigError, match="tokens run from -1 to 300, the model has 300"):
         session.generate([[300, -1]])
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"tokens": -1}, {"chunk": 0}):
@@ -259,6 +272,44 @@ def test_what_a_session_refuses(exported: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.0")
     with pytest.raises(ArtifactError, match=r"graphs for onnxruntime need 1\.32"):
         Session(tmp_path)
+
+
+def test_logits_that_are_not_finite_are_no_token() -> None:
+    logits = np.zeros((2, 5), dtype=np.float32)
+    logits[1, 3] = np.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ModelError, match="row 1 are not finite"):
+            Sampler(temperature=temperature).choose(logits)
+
+
+def test_an_export_is_no_source_and_its_form_may_be_for_others(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is an export \(model\.onnx\)"):
+        export_onnx(exported / "fast", tmp_path / "again")
+    model = onnx.load(exported / "fast" / "model.onnx", load_external_data=False)
+    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props} | {"lowprec.target": "qnn"})
+    shutil.copytree(exported / "fast", tmp_path / "qnn")
+    onnx.save(model, tmp_path / "qnn" / "model.onnx")
+    with pytest.raises(ArtifactError, match="is the form for qnn"):
+        Session(tmp_path / "qnn")
+
+
+def test_more_tokens_than_there_are_positions_for_are_refused_by_the_module(exported: Path) -> None:
+    module = OnnxModule(exported / "fast", threads=1)
+    assert module.positions is not None
+    with pytest.raises(ConfigError, match="the model has positions for"):
+        module(input_ids=torch.ones(1, module.positions + 1, dtype=torch.long))
+
+
+def test_a_model_that_does_not_say_for_how_many_tokens_it_is_has_no_genai_config(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=tiny.WORDS, hidden_size=64, n_layer=1, n_head=4)
+    model = transformers.BloomForCausalLM(config).eval().to(torch.bfloat16)
+    layer = "transformer.h.0.mlp.dense_4h_to_h"
+    written = export_onnx(
+        artefact(tmp_path / "artefact", {layer: "w4a16-g64"}, model), tmp_path / "o", target="onnxruntime"
+    )
+    assert any("no genai_config.json" in note for note in written.notes)
+    assert not (tmp_path / "o" / "genai_config.json").exists()
 
 
 def test_accuracies_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import openvino
+import openvino.opset13 as ops
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,18 +14,34 @@ from hypothesis import strategies as st
 
 import lowprec
 import tiny
+from lowprec.artifacts.own_form import write_own_form
+from lowprec.artifacts.source import weights_digest
 from lowprec.errors import ArtifactError, ConfigError, ModelError, UnsupportedError
 from lowprec.formats import SCHEMES, WEIGHT_FORMATS, resolve, scheme_named
 from lowprec.onnx.session import left_padded
+from lowprec.openvino import deploy
 from lowprec.openvino.form import block_of
 from lowprec.openvino.layers import block_for
 from lowprec.openvino.module import MODEL, OpenVinoModule
 from lowprec.targets import TARGETS, RuntimeTarget
+from lowprec.targets.exporting import export_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 TOLERANCE = 1e-4
 SCORED = ("w4a8-block64-g64", "w4a8-block64-g128", "w8a8-block64", "bf16")
 SLOW = pytest.mark.slow
+
+
+def tiny_artefact(path: Path) -> Path:
+    """An artefact in lowprec's own form, one product of it as OpenVINO computes it."""
+    model, scheme = tiny.decoder().to(torch.bfloat16), scheme_named("w4a8-block64-g64")
+    layer = "model.layers.0.mlp.down_proj"
+    weight = tiny.rounded(model.get_submodule(layer).weight.detach(), str(scheme.weight))
+    write_own_form(
+        path, module=model, name="org/m", revision=weights_digest(model), solved={layer: weight},
+        schemes={layer: scheme}, tokenizer=tiny.tokenizer(), generation_config=None,
+    )  # fmt: skip
+    return path
 
 
 def target() -> Any:
@@ -142,6 +159,40 @@ def test_what_is_no_such_file_says_so(decoder: tuple[Any, OpenVinoModule], tmp_p
     (tmp_path / MODEL).write_text("<net/>")
     with pytest.raises(ArtifactError, match="does not load in OpenVINO"):
         target().load(tmp_path, 0)
+
+
+def test_only_its_own_folders_are_replaced(tmp_path: Path) -> None:
+    artefact = tiny_artefact(tmp_path / "artefact")
+    with pytest.raises(ConfigError, match="the artefact's own folder"):
+        export_for("openvino", artefact, artefact)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (tmp_path / "other" / "precious.safetensors").write_text("mine")
+    with pytest.raises(ArtifactError, match="no earlier export"):
+        export_for("openvino", artefact, tmp_path / "other")
+    assert (tmp_path / "other" / "precious.safetensors").read_text() == "mine"
+    with pytest.raises(ConfigError, match="takes whole models"):
+        export_for("openvino", artefact, tmp_path / "new", module=torch.nn.Linear(2, 2))
+    for _ in range(2):
+        assert export_for("openvino", artefact, tmp_path / "out").largest_error < 1e-4
+    assert (tmp_path / "out" / MODEL).exists()
+
+
+def test_what_openvino_computes_is_held_to_the_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = deploy.to_openvino
+
+    def broken(model: Any, block: int) -> Any:
+        notes = original(model, block)
+        norm = next(op for op in model.get_ops() if op.get_type_name() == "Constant" and op.data.size == 64)
+        wrong = ops.constant(norm.data * 1.5)
+        for reader in norm.output(0).get_target_inputs():
+            reader.replace_source_output(wrong.output(0))
+        return notes
+
+    monkeypatch.setattr(deploy, "to_openvino", broken)
+    with pytest.raises(ArtifactError, match="computes something else in OpenVINO"):
+        export_for("openvino", tiny_artefact(tmp_path / "artefact"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @SLOW

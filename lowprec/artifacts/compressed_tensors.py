@@ -291,8 +291,9 @@ def _check_place(path: Path) -> None:
     if not any(path.iterdir()):
         return
     try:
-        earlier = "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        earlier = config["quantization_config"]["quant_method"] == "compressed-tensors"
+    except (OSError, ValueError, KeyError, TypeError):
         earlier = False
     # A mix that leaves every layer as it is has no quantization_config; its digests tell that it is ours.
     if not earlier and not any((path / name).exists() for name in (DIGESTS, OWN_FORM)):

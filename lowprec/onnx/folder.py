@@ -43,6 +43,8 @@ from lowprec.version import __version__
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PLAN = "plan.json"
+EXPORTS = (MODEL, "openvino_model.xml")
+"""Files that tell an export from an artefact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,10 @@ def write_unquantised(module: nn.Module, out: Path) -> OnnxArtefact:
 
 
 def artefact_of(source: Path) -> Path:
-    """The artefact's folder of a finished run, or `source` itself; ArtifactError when it is neither."""
+    """The artefact's folder of a finished run, or `source` itself; ArtifactError when it is neither, or an export."""
+    for name in EXPORTS:
+        if (source / name).exists():
+            raise ArtifactError(source, f"is an export ({name}); give the run, or its artefact")
     if any((source / name).exists() for name in ("config.json", OWN_FORM)):
         return source
     if source.is_dir():
@@ -113,12 +118,12 @@ def artefact_of(source: Path) -> Path:
     return source / "model"
 
 
-def check_place(out: Path, artefact: Path) -> None:
-    """Raises ConfigError or ArtifactError where no export may be written to `out`."""
+def check_place(out: Path, artefact: Path, marker: str = MODEL) -> None:
+    """Raises ConfigError or ArtifactError where no export may be written to `out`; `marker` tells an earlier one."""
     if artefact.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"{out} is the artefact's own folder; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MODEL).exists():
-        raise ArtifactError(out, "holds files that are no earlier ONNX export; choose an empty or a new folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).exists():
+        raise ArtifactError(out, f"holds files that are no earlier export ({marker}); choose an empty or a new folder")
 
 
 def load_source(path: Path, module: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> Source:
@@ -207,7 +212,7 @@ def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
 def _unquantised(graph: Graph, source: Source) -> _Formed:
     made = to_runtime(graph, {}, {}, positions_of(source.module))
     notes, shared = runtime_notes({}, {}, made), made.plain_attention is None
-    return _Formed(graph=made.graph, layers=0, notes=notes, shared=shared)
+    return _Formed(graph=made.graph, layers=0, notes=notes, shared=shared, positions=made.positions)
 
 
 def _fill(
@@ -226,9 +231,10 @@ def _fill(
     graph.model.graph.name = type(source.module).__name__
     ir.save(graph.model, file, external_data=DATA)
     write_texts(folder, source, graph)
-    if formed.shared is not None and graph.kind == "decoder":
-        config = genai_config(source.module.config, getattr(source.module, "generation_config", None), formed.shared)
-        write_text(folder / GENAI, config)
+    if formed.shared is not None and formed.positions is not None and graph.kind == "decoder":
+        model: Any = source.module
+        generation = getattr(model, "generation_config", None)
+        write_text(folder / GENAI, genai_config(model.config, generation, formed.shared, formed.positions))
     check_file(file, out)
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
         error = check_outputs(compared, out, graph.kind, source.module, inputs, tokens_of(source))

@@ -13,28 +13,28 @@ TYPE = "decoder"
 """Any model with these inputs and outputs; types of single families would bring assumptions of their own."""
 
 
-def genai_config(config: Any, generation: Any, shared: bool) -> str:
+def genai_config(config: Any, generation: Any, shared: bool, positions: int) -> str:
     """The text of genai_config.json.
 
     Args:
         config: of the model (transformers).
         generation: its generation_config, or None.
         shared: whether old and new keys and values may be one buffer.
+        positions: how many tokens a sequence may have.
     """
     text, ends = config.get_text_config(), getattr(generation, "eos_token_id", None)
     heads = text.num_attention_heads
     end = config.eos_token_id if ends is None else ends
     first = end[0] if isinstance(end, list) else end
-    positions = text.max_position_embeddings
+    pad = first if config.pad_token_id is None else config.pad_token_id
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": end, "pad_token_id": pad}
     return json.dumps(
         {
             "model": {
                 "type": TYPE,
                 "vocab_size": text.vocab_size,
                 "context_length": positions,
-                "bos_token_id": config.bos_token_id,
-                "eos_token_id": end,
-                "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
+                **{name: token for name, token in ids.items() if token is not None},
                 "decoder": {
                     "filename": "model.onnx",
                     "session_options": {"provider_options": []},

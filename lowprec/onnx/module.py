@@ -45,6 +45,8 @@ class OnnxModule(nn.Module):
         self.room = room
         # Not a submodule, and not to be copied with one.
         self.__dict__["_session"] = open_session(path / MODEL, threads)
+        told = self.__dict__["_session"].get_modelmeta().custom_metadata_map.get("lowprec.positions")
+        self.positions = None if told is None else int(told)
         names = [i.name for i in self.__dict__["_session"].get_inputs()]
         self._decodes = any(name.startswith("past_key_values.") for name in names)
 
@@ -66,7 +68,7 @@ class OnnxModule(nn.Module):
             logits_to_keep: of how many last positions logits are wanted, 0 for all.
 
         Raises:
-            ConfigError: more tokens than the cache has room for.
+            ConfigError: more tokens than the cache has room for, or the model positions.
         """
         batch, width = input_ids.shape
         cache = past_key_values
@@ -75,6 +77,8 @@ class OnnxModule(nn.Module):
             session = self.__dict__["_session"]
             cache = Cache(Run(session, batch, room if use_cache else 0), room) if self._decodes else None
         total = width + (cache.tokens if cache else 0)
+        if self.positions is not None and total > self.positions:
+            raise ConfigError(f"{total} tokens, the model has positions for {self.positions}: give fewer")
         mask = torch.ones(batch, total, dtype=torch.long) if attention_mask is None else attention_mask.long()
         if cache is None:
             return self._encoded(input_ids, mask)

@@ -81,9 +81,11 @@ def window_of(model: ir.Model, mask: ir.Value, positions: int) -> int | str:
 def rotary_table(model: ir.Model, cos: ir.Value, sin: ir.Value, positions: int) -> tuple[Array, Array] | str:
     """Cosines and sines [positions, width / 2] of rotary angles, or why they are no table."""
     whole = values_of(model, [cos, sin], positions, np.ones((1, positions)))
-    start = values_of(model, [cos, sin], positions // 2, np.ones((1, positions // 2)))
-    if any(not np.array_equal(w[:, : positions // 2], s) for w, s in zip(whole, start, strict=True)):
-        return "its rotary angles depend on the length of the text"
+    # A threshold may lie anywhere: beyond it all angles are others.
+    for length in (1 << n for n in range((positions - 1).bit_length())):
+        start = values_of(model, [cos, sin], length, np.ones((1, length)))
+        if any(not np.array_equal(w[:, :length], s) for w, s in zip(whole, start, strict=True)):
+            return "its rotary angles depend on the length of the text"
     halves = [np.split(w.reshape(positions, -1), 2, axis=-1) for w in whole]
     if any(not np.array_equal(left, right) for left, right in halves):
         return "the halves of a head turn by different angles"

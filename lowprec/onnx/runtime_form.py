@@ -165,6 +165,8 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
     ]
     if form.positions == LONGEST:
         notes.append(f"a sequence may have {LONGEST} tokens, for which rotary angles are stored")
+    if form.graph.kind == "decoder" and form.positions is None:
+        notes.append("no genai_config.json: the configuration does not say for how many tokens there are positions")
     if form.plain_attention is not None:
         notes.append(f"attention is in plain operators: {form.plain_attention}")
     notes.append(FLOAT_WEIGHTS)

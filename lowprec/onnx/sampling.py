@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, ModelError
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +37,13 @@ class Sampler:
             raise ConfigError(f"top_p is {self.top_p}; give a share above 0 and up to 1")
 
     def choose(self, logits: Array) -> Array:
-        """[B, V] float32 -> [B] int64."""
+        """[B, V] float32 -> [B] int64.
+
+        Raises:
+            ModelError: logits that are NaN or infinite in both ways; names the row.
+        """
+        if (wrong := np.flatnonzero(np.isnan(logits).any(-1) | ~np.isfinite(logits.max(-1)))).size:
+            raise ModelError(f"logits of row {wrong[0]} are not finite: the model, or the text, is damaged")
         if self.temperature == 0:
             likeliest: Array = logits.argmax(-1)
             return likeliest

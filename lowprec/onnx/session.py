@@ -136,6 +136,10 @@ class Session:
         facts = self._session.get_modelmeta().custom_metadata_map
         if facts.get("lowprec.kind") != "decoder":
             raise ArtifactError(self.path, "is no decoder that lowprec has written; " + EXPORT_FIRST)
+        if (made_for := facts.get("lowprec.target")) is not None:
+            raise ArtifactError(
+                self.path, f"is the form for {made_for}; export the run with --target onnxruntime to run it here"
+            )
         self.vocabulary = int(self._session.get_outputs()[0].shape[2])
         config, generation = (_json(self.path.parent / name) for name in ("config.json", "generation_config.json"))
         most = facts.get("lowprec.positions", config.get("max_position_embeddings", config.get("n_positions")))
@@ -168,9 +172,14 @@ class Session:
             [B, T, V] float32, of no use at padding.
 
         Raises:
-            ConfigError: tokens that the model does not know, or more of them than it has positions for.
+            ConfigError: tokens that the model does not know, or more of them than it has positions for; ids or a mask
+                that are none.
         """
         given = torch.ones_like(ids) if mask is None else mask
+        if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+            raise ConfigError(f"token ids are [B, T] integers, at least one of each, not {list(ids.shape)} {ids.dtype}")
+        if given.shape != ids.shape or not bool(((given == 0) | (given == 1)).all()):
+            raise ConfigError(f"the mask is 0 or 1 for each of {list(ids.shape)} tokens, not {list(given.shape)}")
         self._check(ids, ids.shape[1])
         return torch.from_numpy(Run(self._session, len(ids)).step(_int64(ids), _int64(given)))
 
@@ -216,8 +225,9 @@ class Session:
         sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
         if tokens < 0 or chunk < 1:
             raise ConfigError(f"{tokens} tokens in parts of {chunk} were asked for; give 0 or more, and 1 or more")
-        ids, mask = left_padded([torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts])
-        self._check(ids, ids.shape[1] + tokens)
+        ids, mask = left_padded([_tokens(prompt) for prompt in prompts])
+        # The last token is told, not read.
+        self._check(ids, ids.shape[1] + max(tokens - 1, 0))
         ends = set(self.stop if stop is None else stop)
         return self._stream(_int64(ids), _int64(mask), tokens, sampler, ends, chunk)
 
@@ -246,6 +256,17 @@ class Session:
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
             raise ConfigError(f"tokens run from {int(ids.min())} to {int(ids.max())}, the model has {self.vocabulary}")
+
+
+def _tokens(prompt: Tokens) -> Tensor:
+    """[T] ids; ConfigError for what are none."""
+    try:
+        found = torch.as_tensor(prompt)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"a prompt is a list of token ids, not {prompt!r:.40}: use session.tokenizer") from error
+    if found.ndim != 1 or (len(found) and (found.is_floating_point() or found.dtype == torch.bool)):
+        raise ConfigError(f"a prompt is a list of token ids, not {prompt!r:.40}")
+    return found.long()
 
 
 def _file_of(path: Path) -> Path:

@@ -85,6 +85,12 @@ def _fuse_attention(softmax: Any) -> str | None:
     turned = scores.input_value(1).get_node()
     if scores.get_type_name() != "MatMul" or turned.get_type_name() != "Transpose":
         return "scores that are no product with transposed keys"
+    order, rank = turned.input_value(1).get_node(), turned.get_output_partial_shape(0).rank.get_length()
+    last_two = [*range(rank - 2), rank - 1, rank - 2]
+    if order.get_type_name() != "Constant" or [int(i) for i in order.data.flatten()] != last_two:
+        return "keys that are turned otherwise than in their last two axes"
+    if softmax.get_attributes()["axis"] not in (-1, rank - 1):
+        return "a softmax over something else than keys"
     product = readers[0].get_node()
     attention = ops.scaled_dot_product_attention(
         scores.input_value(0), turned.input_value(0), product.input_value(1), mask, scale, causal=False

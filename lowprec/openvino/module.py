@@ -22,6 +22,7 @@ from lowprec.errors import ArtifactError, ModelError
 from lowprec.openvino.form import BEAM, BLOCK_OPTION, CACHE_OPTION, block_of
 
 MODEL, DATA = "openvino_model.xml", "openvino_model.bin"
+NO_BLOCK = "0"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,17 +56,18 @@ class OpenVinoModule(nn.Module):
     Args:
         path: the folder.
         threads: 0 for as many as there are cores.
+        exact: whether no input is rounded, whatever the file says.
 
     Raises:
         ArtifactError: OpenVINO does not load it.
     """
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, exact: bool = False) -> None:
         super().__init__()
         self.config = transformers.AutoConfig.from_pretrained(path)
         try:
             model = openvino.Core().read_model(str(path / MODEL))
-            self._request: Any = compiled(model, threads, block_of(model)).create_infer_request()
+            self._request: Any = compiled(model, threads, NO_BLOCK if exact else block_of(model)).create_infer_request()
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(
@@ -74,6 +76,11 @@ class OpenVinoModule(nn.Module):
         self._inputs = {value.get_any_name() for value in model.inputs}
         self._outputs = [value.get_any_name() for value in model.outputs]
         self._state: State | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has a cache."""
+        return BEAM in self._inputs
 
     def forward(
         self,
@@ -105,7 +112,7 @@ class OpenVinoModule(nn.Module):
             "attention_mask": mask.long().contiguous().numpy(),
             BEAM: np.arange(rows, dtype=np.int32),
         }
-        if BEAM in self._inputs and past_key_values is None:
+        if self.decodes and past_key_values is None:
             self._request.reset_state()
         self._state = None
         found = self._request.infer({name: array for name, array in given.items() if name in self._inputs})

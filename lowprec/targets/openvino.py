@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.errors import ConfigError
 from lowprec.formats import QuantizedWeight, resolve
 from lowprec.formats.schemes import BLOCK, FIXED_BLOCK
 from lowprec.onnx import require_extra as require_onnx
@@ -102,6 +103,8 @@ class OpenVinoTarget(MeasuredTarget):
 def write(request: Request) -> "OnnxArtefact":
     """An artefact of a run for OpenVINO, checked by running it: see `lowprec.openvino.deploy`."""
     OpenVinoTarget().require()
+    if request.module is not None or request.inputs is not None:
+        raise ConfigError("the target openvino takes whole models of transformers: give neither a module nor inputs")
     from lowprec.openvino.deploy import export
 
     return export(request.source, request.out)
