@@ -113,7 +113,7 @@ def _print(result: SceneResult) -> None:
         f"{1e3 * result.tpot_s:.0f} ms; budget {result.budget_nats:.3f} nats"
     )
     names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
-    table = Table(*names, "worst window", "switches/s", "back in (most)")
+    table = Table(*names, "worst window", "switches/s", "back in (most)", "first; backlog; beyond it, most")
     for s in result.shapes:
         back = f"{s.median_return_s:.1f} s"
         back += " (never)" if s.longest_return_s is None else f" ({s.longest_return_s:.1f} s)"
@@ -126,6 +126,10 @@ def _print(result: SceneResult) -> None:
             f"{s.worst_window_nats:.4f}",
             str(s.most_switches_in_a_second),
             back,
+            "; ".join(
+                "never" if t is None else f"{t:.1f} s"
+                for t in (s.longest_regain_s, s.longest_backlog_s, s.longest_beyond_backlog_s)
+            ),
         )
     console.print(table)
     console.print(
