@@ -192,6 +192,8 @@ def stored_digest(path: Path | str) -> str:
         ArtifactError: it has one plane.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise ArtifactError(path, "is no folder of an artefact; lowprec calibrate --ladder writes one, as nested/")
     if not is_nested(path):
         raise ArtifactError(path, f"has one plane, so level {LEVELS[0]} alone: {RESIDUAL} is missing")
     files = [file for file in sorted(path.glob("*.safetensors")) if file.name != PROBE]
