@@ -19,13 +19,13 @@ from torch import nn
 
 from lowprec.artifacts.folder import RunFolder, require_space
 from lowprec.economics import price_of
-from lowprec.errors import UnsupportedError
+from lowprec.errors import LowprecError, UnsupportedError
 from lowprec.formats import schemes_named
 from lowprec.pipeline.artefact import export
 from lowprec.pipeline.choose import choose
 from lowprec.pipeline.context import Context, context_of
 from lowprec.pipeline.estimate import Estimate, estimate
-from lowprec.pipeline.ladder import ladder, require_switchable, require_tokens
+from lowprec.pipeline.ladder import ladder, require_levels, require_switchable, require_tokens
 from lowprec.pipeline.memory import give_back_memory
 from lowprec.pipeline.prepare import prepare
 from lowprec.pipeline.price import price
@@ -197,6 +197,7 @@ def default_metric(model: Model) -> str:
 def complete(context: Context) -> Report:
     """Takes a run through all of its stages and writes the reports."""
     prepared = prepare(context)
+    require_levels(prepared)
     scored = score(prepared)
     give_back_memory()
     pairs = check(scored)
@@ -208,8 +209,16 @@ def complete(context: Context) -> Report:
     # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
     del loaded
     give_back_memory()
-    rungs = ladder(chosen) if context.settings.ladder else None
-    report = summarise(chosen, artefact, proved, pairs, rungs)
+    try:
+        rungs = ladder(chosen) if context.settings.ladder else None
+    except LowprecError:
+        # The plan stands without it.
+        _report(context, summarise(chosen, artefact, proved, pairs))
+        raise
+    return _report(context, summarise(chosen, artefact, proved, pairs, rungs))
+
+
+def _report(context: Context, report: Report) -> Report:
     context.folder.write_text(REPORT_JSON, report_json(report))
     context.folder.write_text(REPORT_HTML, report_html(report))
     return report

@@ -29,8 +29,9 @@ from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.levels import ROWS, SLOTS, Levels, group_us, levels_of, planes
 from lowprec.pipeline.memory import give_back_memory
+from lowprec.pipeline.mixes import nestable
 from lowprec.pipeline.parity import forwarded, kl_between, outputs_of
-from lowprec.pipeline.prepare import example
+from lowprec.pipeline.prepare import Prepared, example
 from lowprec.records import Group, digest
 from lowprec.results import LadderResult, RungResult
 from lowprec.settings import Settings
@@ -93,11 +94,25 @@ def require_tokens(context: Context) -> None:
         )
 
 
+def require_levels(prepared: Prepared) -> None:
+    """Refuses a ladder where no group can switch, before anything is calibrated.
+
+    Raises:
+        UnsupportedError: no group has a scheme that weights can be nested on.
+    """
+    wanted = prepared.context.settings.ladder
+    if wanted and not any(nestable(prepared, group) for group in prepared.groups):
+        raise UnsupportedError(
+            f"{prepared.context.model.name} has no group that could switch",
+            ("a ladder is built on INT4 in groups without rounded inputs (w4a16): let --schemes include int4",),
+        )
+
+
 def ladder(chosen: Chosen) -> Ladder:
     """The rungs of the run's model; writes nested/ and ladder.json, as far as the folder does not have them.
 
     Raises:
-        UnsupportedError: no group is INT4 in groups, or no rung is a step on this machine.
+        UnsupportedError: no rung below the top is a step on this machine.
         ModelError: a rung that was loaded is not what was scored.
     """
     context, levels = chosen.prepared.context, levels_of(chosen)

@@ -12,7 +12,6 @@ from pathlib import Path
 from lowprec.artifacts.digests import FILE_NAME as DIGESTS
 from lowprec.artifacts.digests import verify_digests
 from lowprec.artifacts.nested import is_nested, read_nested, stored_digest, with_residual
-from lowprec.errors import UnsupportedError
 from lowprec.formats import scheme_named
 from lowprec.formats.nested import LEVEL_NAMES, NestedWeight
 from lowprec.pipeline.artefact import finish, write
@@ -67,11 +66,7 @@ class Levels:
 
 
 def levels_of(chosen: Chosen) -> Levels:
-    """What can switch in this run's model; nothing is computed.
-
-    Raises:
-        UnsupportedError: no group can.
-    """
+    """What can switch in this run's model; nothing is computed."""
     prepared, settings = chosen.prepared, chosen.prepared.context.settings
     lower = lower_level(chosen.scored)
     inputs = {
@@ -81,13 +76,7 @@ def levels_of(chosen: Chosen) -> Levels:
         "tuning": prepared.tuning.data.digest,
         "rounding": digest(repr(settings.effort), str(settings.healing_passes), prepared.metric_key),
     }
-    found = Levels(chosen=chosen, lower=lower, path=prepared.context.folder.path / FOLDER, inputs=inputs)
-    if not found.groups:
-        raise UnsupportedError(
-            "this run has no group that could switch",
-            ("a ladder is built on INT4 in groups without rounded inputs (w4a16): let --schemes include int4",),
-        )
-    return found
+    return Levels(chosen=chosen, lower=lower, path=prepared.context.folder.path / FOLDER, inputs=inputs)
 
 
 def planes(levels: Levels) -> dict[str, NestedWeight]:

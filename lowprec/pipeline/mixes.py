@@ -62,14 +62,18 @@ def lower_level(scored: Scored) -> dict[str, str]:
     predicted = scored.predicted
 
     def lower(group: Group) -> str:
-        found = [
-            s.name
-            for s in scored.prepared.schemes[group.name]
-            if s.activation is None and s.weight is not None and base_reason(s.weight) is None
-        ]
-        return "bf16" if group.tables or not found else min(found, key=lambda s: (predicted[group.name, s], s))
+        found = nestable(scored.prepared, group)
+        return min(found, key=lambda s: (predicted[group.name, s], s)) if found else "bf16"
 
     return {group.name: lower(group) for group in scored.prepared.groups}
+
+
+def nestable(prepared: Prepared, group: Group) -> list[str]:
+    """The group's schemes that can be the lower level of nested weights."""
+    if group.tables:
+        return []
+    found = [s for s in prepared.schemes[group.name] if s.activation is None and s.weight is not None]
+    return [s.name for s in found if base_reason(str(s.weight)) is None]
 
 
 class Tuning:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.formats.nested import LEVEL_NAMES as LEVELS
 from lowprec.formats.nested import NestedWeight
 from lowprec.ladder import Rung, reason_for_no_step
@@ -61,7 +61,8 @@ def climb(groups: Sequence[str], options: Choices, rungs: int) -> list[Allocatio
     """At most `rungs` mixes of levels from the fastest to the top, no group falling on the way.
 
     Raises:
-        ConfigError: fewer than two rungs asked for, or no group's lower level is faster.
+        ConfigError: fewer than two rungs asked for.
+        UnsupportedError: no group's lower level is faster.
     """
     if rungs < 2:
         raise ConfigError(f"a ladder of {rungs} rungs: give 2 or more")
@@ -69,7 +70,9 @@ def climb(groups: Sequence[str], options: Choices, rungs: int) -> list[Allocatio
     top = _swapped(allocate(groups, _raised(swapped, groups), float("inf")))
     mixes = [_swapped(least_loss(groups, swapped))]
     if mixes[0].schemes == top.schemes:
-        raise ConfigError("no group's INT4 level is faster than its INT8 level here, so there is nothing to switch to")
+        raise UnsupportedError(
+            "no group's INT4 level is faster than its INT8 level here: there is nothing to switch to"
+        )
     for step in range(1, rungs - 1):
         limit = mixes[0].cost + (top.cost - mixes[0].cost) * step / (rungs - 1)
         up = [group for group, level in mixes[-1].schemes if level == HIGH]
@@ -110,7 +113,8 @@ def names(mixes: Sequence[Allocation], parameters: Mapping[str, int]) -> list[st
     for mix in mixes:
         low = sum(parameters[group] for group, level in mix.schemes if level == LOW)
         found.append("INT8" if not low else "INT4" if low == whole else f"{low / whole:.0%} INT4")
+    lows = [sum(level == LOW for _, level in mix.schemes) for mix in mixes]
     return [
-        name if found.count(name) == 1 else f"{name} ({sum(level == LOW for _, level in mix.schemes)} groups)"
-        for name, mix in zip(found, mixes, strict=True)
+        name if found.count(name) == 1 else f"{name} ({low} group{'s' if low > 1 else ''})"
+        for name, low in zip(found, lows, strict=True)
     ]
