@@ -218,7 +218,7 @@ class Bench:
                 end_s=0.0,
             )
             for rung, rates in found.items():
-                made, _ = self.served(trace, lambda rung=rung: Static(self.ladder, rung, self.ladder.top), seed)  # type: ignore[misc]
+                made, _ = self.served(trace, lambda rung=rung: Static(self.ladder, rung, self.ladder.top), seed)
                 # From when the slots are full until nobody waits any more.
                 rates.append((count - slots) / (made.start_s[-1] - made.start_s[slots - 1]))
         return float(np.median(found[self.ladder.top])), float(np.median(found[0]))
