@@ -21,21 +21,32 @@ import numpy as np
 import torch
 
 from bench.dynamic.scenes import BARS, BASE, MOST_OF_BOTTOM, PEAK
-from lowprec.api import optimize
+from lowprec.api import begin
 from lowprec.artifacts.nested import load_nested
 from lowprec.ladder import Ladder, Phase, read_ladder
 from lowprec.live import LiveServer, Request
 from lowprec.live.server import LADDER, NESTED, Policy
+from lowprec.pipeline.choose import choose
+from lowprec.pipeline.ladder import ladder
+from lowprec.pipeline.prepare import prepare
+from lowprec.pipeline.price import price
+from lowprec.pipeline.score import score
 from lowprec.runtime.controller import EFFORTS, Controller, Objectives
 from lowprec.runtime.demand import Reading
 from lowprec.runtime.spending import LossBudget
 from lowprec.runtime.switch import Switch
+from lowprec.settings import Settings, effort_named
 from lowprec.simulate.compare import CONTROLLER, static_name
 from lowprec.simulate.measure import PolicyResult, summarise
 from lowprec.simulate.policies import Static
 from lowprec.simulate.server import Outcome
 from lowprec.simulate.traces import Floats, Lengths, Trace, make_trace
+from lowprec.steps.data import MINIMUM_TOKENS
 
+LADDER_EFFORT = dataclasses.replace(
+    effort_named("fast"), name="ladder", calibration_tokens=8_192, sensitivity_tokens=4_096, tuning_tokens=8_192,
+    held_out_tokens=MINIMUM_TOKENS, rounds=1,
+)  # fmt: skip
 BUDGET_SHARE, BURST_SHARE = 0.9, 0.2
 # Of the time that a request holds a full server's slot: what may pass until its first token.
 TTFT_HELD, TPOT_FULL = 2.0, 1.5
@@ -127,13 +138,17 @@ class Watched:
 
 
 def run_of(source: Path, work: Path) -> Path:
-    """The run folder that `source` is, or one that is made of the model that it is: INT4 for all, and its ladder."""
+    """The run folder that `source` is, or one with the ladder of the model that it is, and nothing beside it."""
     if (source / LADDER).exists():
         return source
-    out = work / source.stem
-    # What the ladder is made of, and nothing beside it.
-    optimize(str(source), out=out, effort="fast", schemes=("w4a16", "w8a16"), smooth=False, budget="30%", ladder=True)
-    return out
+    settings = Settings(
+        out=work / source.stem, effort=LADDER_EFFORT, schemes=("w4a16", "w8a16"), smooth=False, ladder=True
+    )
+    # What a run does but for writing and judging its plan.
+    with begin(str(source), settings, "30%") as context:
+        prepared = prepare(context)
+        ladder(choose(score(prepared), price(prepared)))
+    return settings.out
 
 
 def play(server: LiveServer, trace: Trace, start_s: float, vocabulary: int, seed: int) -> list[Request]:
@@ -226,18 +241,18 @@ class Bench:
 
 def measure(run: Path, scene: LiveScene) -> LiveResult:
     """Loads the run's nested model and serves every seed's trace with and without the controller."""
-    ladder = read_ladder(run / LADDER)
-    model, _, switch = load_nested(run / NESTED, ladder=ladder)
-    bench = Bench(model, switch, ladder, scene)
+    rungs = read_ladder(run / LADDER)
+    model, _, switch = load_nested(run / NESTED, ladder=rungs)
+    bench = Bench(model, switch, rungs, scene)
     top, bottom = bench.capacities()
     objectives = _objectives(scene, top)
-    low, high = ladder.rungs[0].loss_upper, ladder.rungs[-1].loss_upper
+    low, high = rungs.rungs[0].loss_upper, rungs.rungs[-1].loss_upper
     budget = LossBudget(nats_per_token=high / (1 - BURST_SHARE) + BUDGET_SHARE * (low - high), burst_share=BURST_SHARE)
     peak = max(LEAST_PEAK * top, min(PEAK * top, MOST_OF_BOTTOM * bottom))
     makers: dict[str, Callable[[], Any]] = {
-        static_name(ladder, ladder.top): lambda: Static(ladder, ladder.top),
+        static_name(rungs, rungs.top): lambda: Static(rungs, rungs.top),
         CONTROLLER: lambda: Controller(
-            ladder, objectives, budget, slots=scene.slots, longest_prompt=scene.chunk
+            rungs, objectives, budget, slots=scene.slots, longest_prompt=scene.chunk
         ),
     }  # fmt: skip
     results = []
@@ -251,7 +266,7 @@ def measure(run: Path, scene: LiveScene) -> LiveResult:
             events = tuple(getattr(policy.inner, "events", {}).items())
             returns = name == CONTROLLER
             found[name] = summarise(
-                name, trace, outcome, ladder, objectives, budget.window_tokens, events, returns=returns
+                name, trace, outcome, rungs, objectives, budget.window_tokens, events, returns=returns
             )
         fixed, ours = (found[name] for name in makers)
         results.append((fixed, ours))
@@ -259,10 +274,10 @@ def measure(run: Path, scene: LiveScene) -> LiveResult:
     ratio = float(np.median([fixed.ttft_s.p95 / ours.ttft_s.p95 for fixed, ours in results]))
     return LiveResult(
         scene=scene,
-        model=ladder.model,
-        device=ladder.device,
-        rungs=tuple(rung.name for rung in ladder.rungs),
-        model_digest=ladder.model_digest,
+        model=rungs.model,
+        device=rungs.device,
+        rungs=tuple(rung.name for rung in rungs.rungs),
+        model_digest=rungs.model_digest,
         machine_load=os.getloadavg(),
         threads=torch.get_num_threads(),
         top_per_s=top,
