@@ -5,8 +5,8 @@ Requests arrive by the clock, as a trace of the simulator says, whatever the ser
 what else the machine does changes from minute to minute. Rates and objectives are in shares of what the top serves here
 and now, which is measured first: from an endless queue, at the top and at the bottom, in turns.
 
-Where the bottom does not serve `PEAK / MOST_OF_BOTTOM` times what the top does, no burst fits that the bars are about:
-that is said first among what is missed, and the peak is what the bottom can just bear.
+Where the bottom does not serve `PEAK / MOST_OF_BOTTOM` times what the top does, a burst of `PEAK` is more than it can
+work off, and not what the bars are about: that is said first among what is missed.
 """
 
 import dataclasses
@@ -50,7 +50,6 @@ LADDER_EFFORT = dataclasses.replace(
 BUDGET_SHARE, BURST_SHARE = 0.9, 0.2
 # Of the time that a request holds a full server's slot: what may pass until its first token.
 TTFT_HELD, TPOT_FULL = 2.0, 1.5
-LEAST_PEAK = 1.02
 FILLS, ROUNDS = 3, 2
 
 
@@ -248,7 +247,7 @@ def measure(run: Path, scene: LiveScene) -> LiveResult:
     objectives = _objectives(scene, top)
     low, high = rungs.rungs[0].loss_upper, rungs.rungs[-1].loss_upper
     budget = LossBudget(nats_per_token=high / (1 - BURST_SHARE) + BUDGET_SHARE * (low - high), burst_share=BURST_SHARE)
-    peak = max(LEAST_PEAK * top, min(PEAK * top, MOST_OF_BOTTOM * bottom))
+    peak = PEAK * top
     makers: dict[str, Callable[[], Any]] = {
         static_name(rungs, rungs.top): lambda: Static(rungs, rungs.top),
         CONTROLLER: lambda: Controller(
