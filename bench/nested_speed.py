@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowprec.runtime.measure import nested_candidate, random_nested
+from lowprec.runtime.measure import nested_candidate, nested_copies, random_nested
 from lowprec_kernels.cpu_nested import few_rows_form
 from lowprec_kernels.kernel import Kernel, Operands, State, kernels_for
 from lowprec_kernels.slow import NAME as REFERENCE
@@ -71,7 +71,7 @@ def measure(n: int, k: int, group: int, seconds: float) -> SpeedRow:
     copies = copies_for(n * k * (1.5 + len(int8)), last_level_cache_bytes())
     fmt = f"int4-g{group}"
     candidates = {
-        f"level {level}": nested_candidate([random_nested(fmt, n, k, i) for i in range(copies)], level, x)
+        f"level {level}": nested_candidate(nested_copies(random_nested(fmt, n, k), copies), level, x)
         for level in (4, 8)
     }
     for name, kernel in int8.items():

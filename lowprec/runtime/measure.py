@@ -7,6 +7,7 @@ most two forms a scheme, runs interleaved at full size. On a GPU all forms are c
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,37 +131,47 @@ def nested_candidate(weights: Sequence[NestedOperands], level: int, x: Tensor) -
     return lambda copy: nested_gemm(weights[copy], x, level)
 
 
+def nested_copies(weight: NestedOperands, copies: int) -> list[NestedOperands]:
+    """Clones that share nothing with the weight or each other."""
+
+    def cloned() -> NestedOperands:
+        parts = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+        tensors: dict[str, Any] = {name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)}
+        return dataclasses.replace(weight, **tensors)
+
+    return [cloned() for _ in range(copies)]
+
+
 def measure_levels(
     fmt: str,
     n: int,
     k: int,
-    m: int,
+    ms: Sequence[int],
     *,
     dtype: torch.dtype = torch.bfloat16,
     seconds_per_candidate: float = 0.15,
-    max_runs: int = 400,
-) -> dict[int, Timing]:
+) -> dict[tuple[int, int], Timing]:
     """Times x[m, k] through a nested weight [n, k] at each of its levels on this CPU, interleaved, weights cold.
 
     Args:
         fmt: of the base: int4-g64, int4-g128-asym, ...
+        ms: rows of the activations.
         dtype: of the activations.
 
     Returns:
-        Level -> its time.
+        (level, rows) -> its time.
     """
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
     # Level 4 reads half a byte of a weight, level 8 a whole one, each of its own copies.
     copies = timing.copies_for(1.5 * n * k)
+    weight, found = random_nested(fmt, n, k), dict[tuple[int, int], Timing]()
+    weights = {level: nested_copies(weight, copies) for level in LEVELS}
     with torch.inference_mode():
-        runs = {
-            str(level): nested_candidate([random_nested(fmt, n, k, i) for i in range(copies)], level, x)
-            for level in LEVELS
-        }
-        found = timing.time_interleaved(
-            runs, copies=copies, seconds_per_candidate=seconds_per_candidate, max_runs=max_runs
-        )
-    return {level: found[str(level)] for level in LEVELS}
+        for m in ms:
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+            runs = {str(level): nested_candidate(weights[level], level, x) for level in LEVELS}
+            times = timing.time_interleaved(runs, copies=copies, seconds_per_candidate=seconds_per_candidate)
+            found |= {(level, m): times[str(level)] for level in LEVELS}
+    return found
 
 
 def measure_kernels(

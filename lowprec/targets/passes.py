@@ -32,23 +32,22 @@ def time_levels(fmt: str, n: int, k: int, ms: Sequence[int]) -> list[CostSample]
     bits = {level: 8.0 * WEIGHT_FORMATS[fmt].bytes_per_row(k) / k for level in LEVELS}
     bits[max(LEVELS)] = bits_per_weight(fmt, k)
     samples = []
-    for m in ms:
-        for level, found in measure_levels(fmt, n, k, m).items():
-            samples.append(
-                CostSample(
-                    op=OP,
-                    m=m,
-                    n=n,
-                    k=k,
-                    scheme=level_name(fmt, level),
-                    kernel=few_rows_form(WEIGHT_FORMATS[fmt].group_size or k),
-                    p20_us=found.p20_us,
-                    p50_us=found.p50_us,
-                    p80_us=found.p80_us,
-                    bytes=round(bits[level] * n * k / 8),
-                    origin="measured",
-                )
+    for (level, m), found in measure_levels(fmt, n, k, ms).items():
+        samples.append(
+            CostSample(
+                op=OP,
+                m=m,
+                n=n,
+                k=k,
+                scheme=level_name(fmt, level),
+                kernel=few_rows_form(WEIGHT_FORMATS[fmt].group_size or k),
+                p20_us=found.p20_us,
+                p50_us=found.p50_us,
+                p80_us=found.p80_us,
+                bytes=round(bits[level] * n * k / 8),
+                origin="measured",
             )
+        )
     return samples
 
 
