@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowprec_kernels.cpu_nested import NestedOperands, few_rows_form, nested_gemm
+from lowprec.runtime.measure import nested_candidate, nested_copies, random_nested
+from lowprec_kernels.cpu_nested import few_rows_form
 from lowprec_kernels.kernel import Kernel, Operands, State, kernels_for
-from lowprec_kernels.packing import pack_int4
 from lowprec_kernels.slow import NAME as REFERENCE
 from lowprec_kernels.timing import Timing, copies_for, last_level_cache_bytes, time_interleaved
 
@@ -43,17 +43,6 @@ class SpeedRow:
     level8_over_w8a8: float
 
 
-def _operands(n: int, k: int, group: int) -> NestedOperands:
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(-8, 8, shape, dtype=torch.int8)
-
-    return NestedOperands(
-        base=pack_int4(codes(n, k)), residual=pack_int4(codes(n, k)),
-        scale=(0.001 + 0.02 * torch.rand(n, k // group)).to(torch.bfloat16),
-        ratio=torch.full((n, k // group), 8, dtype=torch.int8), zero=None, bias=None, group_size=group,
-    )  # fmt: skip
-
-
 def _int8(n: int, k: int) -> Operands:
     return Operands(
         weight="int8", codes=torch.randint(-127, 128, (n, k), dtype=torch.int8), scale=0.001 + 0.02 * torch.rand(n, 1)
@@ -74,18 +63,17 @@ def _run(kernel: Kernel, states: list[State], x: Tensor) -> Callable[[int], obje
     return lambda copy: kernel.run(states[copy], x)
 
 
-def _level(weights: list[NestedOperands], level: int, x: Tensor) -> Callable[[int], object]:
-    return lambda copy: nested_gemm(weights[copy], x, level)
-
-
 def measure(n: int, k: int, group: int, seconds: float) -> SpeedRow:
     """One shape, on the threads that torch has."""
     x = torch.randn(1, k).to(torch.bfloat16)
     int8 = {f"w8a16 {name}": kernel for name, kernel in plain(n, k, None).items()}
     int8 |= {f"w8a8 {name}": kernel for name, kernel in plain(n, k, "int8").items()}
     copies = copies_for(n * k * (1.5 + len(int8)), last_level_cache_bytes())
-    candidates = {f"level {level}": _level([_operands(n, k, group) for _ in range(copies)], level, x)
-                  for level in (4, 8)}  # fmt: skip
+    fmt = f"int4-g{group}"
+    candidates = {
+        f"level {level}": nested_candidate(nested_copies(random_nested(fmt, n, k), copies), level, x)
+        for level in (4, 8)
+    }
     for name, kernel in int8.items():
         candidates[name] = _run(kernel, [kernel.prepare(_int8(n, k)) for _ in range(copies)], x)
     times = time_interleaved(candidates, copies=copies, seconds_per_candidate=seconds, max_runs=4000)

@@ -13,7 +13,7 @@ groups, schemes, rounder and batches. A `Scratch` is a folder for hidden states;
 weighed.
 
 Precision at run time: a `Controller` moves between the rungs of a `Ladder` within a `LossBudget`; `study` replays
-arrivals through it.
+arrivals through it, and `serve` serves the weights that `optimize(..., ladder=True)` made with it.
 
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from lowprec.ladder import Ladder, read_ladder
+    from lowprec.live import Answer, LiveServer, serve
     from lowprec.nesting import nest_artefact
     from lowprec.onnx import export_onnx
     from lowprec.pipeline.artefact import Loaded, export
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 # Name -> where it lives.
 _HOME = {
+    "Answer": "live:Answer",
     "ArtifactError": "errors:ArtifactError",
     "Budget": "records:Budget",
     "BudgetError": "errors:BudgetError",
@@ -90,6 +92,7 @@ _HOME = {
     "Group": "records:Group",
     "Healing": "steps.heal:Healing",
     "Ladder": "ladder:Ladder",
+    "LiveServer": "live:LiveServer",
     "Loaded": "pipeline.artefact:Loaded",
     "LossBudget": "runtime.spending:LossBudget",
     "LowprecError": "errors:LowprecError",
@@ -139,6 +142,7 @@ _HOME = {
     "read_ladder": "ladder:read_ladder",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
+    "serve": "live:serve",
     "sources": "steps.sources:read_sources",
     "split": "steps.data:split",
     "study": "simulate.study:study",
@@ -151,6 +155,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Answer",
     "ArtifactError",
     "Budget",
     "BudgetError",
@@ -164,6 +169,7 @@ __all__ = [
     "Group",
     "Healing",
     "Ladder",
+    "LiveServer",
     "Loaded",
     "LossBudget",
     "LowprecError",
@@ -214,6 +220,7 @@ __all__ = [
     "read_ladder",
     "score",
     "sensitivity",
+    "serve",
     "sources",
     "split",
     "study",

@@ -19,12 +19,13 @@ from torch import nn
 
 from lowprec.artifacts.folder import RunFolder, require_space
 from lowprec.economics import price_of
-from lowprec.errors import UnsupportedError
+from lowprec.errors import LowprecError, UnsupportedError
 from lowprec.formats import schemes_named
 from lowprec.pipeline.artefact import export
 from lowprec.pipeline.choose import choose
 from lowprec.pipeline.context import Context, context_of
 from lowprec.pipeline.estimate import Estimate, estimate
+from lowprec.pipeline.ladder import ladder, require_levels, require_switchable, require_tokens
 from lowprec.pipeline.prepare import prepare
 from lowprec.pipeline.price import price
 from lowprec.pipeline.prove import prove
@@ -56,6 +57,7 @@ def optimize(
     rotate: bool = False,
     heal: bool | None = None,
     embeddings: bool | None = None,
+    ladder: bool = False,
     schemes: Sequence[str] = (),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -78,6 +80,8 @@ def optimize(
             but a head that was tied to the embedding gets a weight of its own.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
+        ladder: whether rungs are made, too, between which one set of weights switches while it serves; `out`/nested has
+            the weights then, `out`/ladder.json the rungs (`lowprec.serve`).
         schemes: families or names of schemes that may be chosen, none for what the target offers; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -106,6 +110,7 @@ def optimize(
         rotate=rotate,
         heal=heal,
         embeddings=embeddings,
+        ladder=ladder,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,
@@ -139,6 +144,7 @@ def begin(
         LowprecError: bad input, a folder that is in use, a model that cannot be turned and should be, or a run that
             would not fit into memory or onto the disk.
     """
+    require_switchable(settings)
     # A target that is not there is found before a model is loaded for it.
     target_for(settings.target, None if settings.device == "cpu" else settings.device)
     with RunFolder(settings.out) as folder, progress or RunProgress() as shown:
@@ -159,7 +165,9 @@ def begin(
             model = _turned(model, settings, shown)
         if budget is not None:
             settings = _with_budget(settings, budget, default_metric(model))
-        yield context_of(model, settings, folder, shown)
+        context = context_of(model, settings, folder, shown)
+        require_tokens(context)
+        yield context
 
 
 def _with_budget(settings: Settings, budget: Budget | str | float, metric: str) -> Settings:
@@ -189,6 +197,7 @@ def default_metric(model: Model) -> str:
 def complete(context: Context) -> Report:
     """Takes a run through all of its stages and writes the reports."""
     prepared = prepare(context)
+    require_levels(prepared)
     scored = score(prepared)
     give_back_memory()
     pairs = check(scored)
@@ -200,7 +209,16 @@ def complete(context: Context) -> Report:
     # The loaded model is not needed any more, and the end-to-end timing makes copies of its own.
     del loaded
     give_back_memory()
-    report = summarise(chosen, artefact, proved, pairs)
+    try:
+        rungs = ladder(chosen) if context.settings.ladder else None
+    except LowprecError:
+        # The plan stands without it.
+        _report(context, summarise(chosen, artefact, proved, pairs))
+        raise
+    return _report(context, summarise(chosen, artefact, proved, pairs, rungs))
+
+
+def _report(context: Context, report: Report) -> Report:
     context.folder.write_text(REPORT_JSON, report_json(report))
     context.folder.write_text(REPORT_HTML, report_html(report))
     return report

@@ -82,6 +82,13 @@ def calibrate(
             "Left out: when bytes are the objective."
         ),
     ] = None,
+    ladder: Annotated[
+        bool,
+        typer.Option(
+            help="Make rungs, too, between which one set of INT4 and INT8 weights switches while it serves: "
+            "nested/ and ladder.json in the run's folder."
+        ),
+    ] = False,
     schemes: Annotated[
         str, typer.Option(help="Families or schemes that may be chosen; left out: what the target offers.")
     ] = "",
@@ -121,6 +128,7 @@ def calibrate(
             rotate=rotate,
             heal=heal,
             embeddings=embeddings,
+            ladder=ladder,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             data=data or (),
             dollars_per_hour=dollars_per_hour,

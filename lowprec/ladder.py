@@ -17,6 +17,7 @@ Left out: the length of the context. Decode times hold at `context_tokens`.
 
 import bisect
 import itertools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ class Ladder:
         levels: names of the levels that the weights hold, the lowest first.
         context_tokens: tokens in the cache of each sequence where decoding was timed.
         loss_tokens: tokens that the losses are from.
+        layers: (group, its layers) of the model, so that a switch can be made for it; empty where there is none.
         confidence: one-sided, of each bound of a loss.
         notes: (what, how) that a reader must know, such as which times are modelled and from what.
 
@@ -141,6 +143,7 @@ class Ladder:
     confidence: float
     rungs: tuple[Rung, ...]
     notes: tuple[tuple[str, str], ...] = ()
+    layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -159,18 +162,15 @@ class Ladder:
                         f"rung {rung.name!r} wants level {level!r} for {group}, which the weights do not hold: "
                         f"{closest(level, list(self.levels))}"
                     )
+        if self.layers and [group for group, _ in self.layers] != groups:
+            raise ConfigError("the ladder has layers of other groups than its rungs have levels for")
         for lower, upper in itertools.pairwise(self.rungs):
             self._check_step(lower, upper)
 
     def _check_step(self, lower: Rung, upper: Rung) -> None:
         pair = f"from rung {lower.name!r} to {upper.name!r}"
-        if upper.loss_nats > lower.loss_nats:
-            raise ConfigError(
-                f"{pair} loss rises from {lower.loss_nats:g} to {upper.loss_nats:g} nats: "
-                "rungs stand from the cheapest to the dearest"
-            )
-        if all(lower.pass_us(phase, t.tokens) >= t.p50_us for phase in PHASES for t in upper.times(phase)):
-            raise ConfigError(f"{pair} no pass takes longer: leave {lower.name!r} out, it loses more and wins nothing")
+        if reason := reason_for_no_step(lower, upper):
+            raise ConfigError(f"{pair} {reason}")
         fallen = [
             group
             for (group, below), (_, above) in zip(lower.levels, upper.levels, strict=True)
@@ -211,6 +211,18 @@ class Ladder:
         return tuple(tuple(1e-6 * rung.pass_us(phase, n) for n in range(most + 1)) for rung in self.rungs)
 
 
+def reason_for_no_step(lower: Rung, upper: Rung) -> str | None:
+    """Why `upper` is no step up from `lower` by their losses and times, None if it is."""
+    if upper.loss_nats > lower.loss_nats:
+        return (
+            f"loss rises from {lower.loss_nats:g} to {upper.loss_nats:g} nats: "
+            "rungs stand from the cheapest to the dearest"
+        )
+    if all(lower.pass_us(phase, t.tokens) >= t.p50_us for phase in PHASES for t in upper.times(phase)):
+        return f"no pass takes longer: leave {lower.name!r} out, it loses more and wins nothing"
+    return None
+
+
 def _proved(lower: Rung, upper: Rung) -> bool:
     """Whether measurements alone show that `upper` loses less and takes longer."""
     if not (lower.is_measured and upper.is_measured) or upper.loss_upper >= lower.loss_lower:
@@ -237,8 +249,19 @@ def write_ladder(ladder: Ladder, path: Path) -> None:
         raise ArtifactError(path, f"cannot be written ({error.strerror})") from error
 
 
+def _record(text: str) -> str:
+    """The ladder in what a run stores; any other text as it is."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return json.dumps(whole["record"]) if isinstance(whole, dict) and {"inputs", "record"} <= set(whole) else text
+
+
 def read_ladder(path: Path, model_digest: str | None = None) -> Ladder:
     """The ladder of a file; with `model_digest`, only if it is that model's.
+
+    A run's ladder.json, which has the digests of its inputs beside it, is read as well.
 
     Raises:
         ArtifactError: the file is missing or cannot be read.
@@ -250,7 +273,7 @@ def read_ladder(path: Path, model_digest: str | None = None) -> Ladder:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ArtifactError(path, f"cannot be read as a ladder ({reason})") from error
     try:
-        ladder = from_json(Ladder, text)
+        ladder = from_json(Ladder, _record(text))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if model_digest is not None:

@@ -181,6 +181,39 @@ class StruckOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RungResult:
+    """One rung of a ladder: groups and share of parameters at the lower level, KL in nats, time of a decoding pass.
+
+    `alone_us` is that of one sequence, `full_us` that of as many as `LadderResult.slots`.
+    """
+
+    name: str
+    low_groups: int
+    low_share: float
+    loss_nats: float
+    loss_lower: float
+    loss_upper: float
+    alone_us: float
+    full_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LadderResult:
+    """The rungs between which the weights in `artefact` switch, the cheapest first; losses are on tuning text."""
+
+    path: str
+    artefact: str
+    model_digest: str
+    groups: int
+    bits_per_weight: float
+    slots: int
+    tokens: int
+    confidence: float
+    rungs: tuple[RungResult, ...]
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything that report.json and report.html show.
 
@@ -214,4 +247,5 @@ class Report:
     artefact: str = ""
     artefact_form: ArtefactForm = "compressed-tensors"
     turned: bool = False
+    ladder: LadderResult | None = None
     schema_version: int = SCHEMA_VERSION

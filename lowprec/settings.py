@@ -115,6 +115,8 @@ class Settings:
         heal: whether mixes are healed; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, one that a head is tied to with the head; None: when bytes
             are the objective. Such an artefact is in lowprec's own form.
+        ladder: whether the run makes, after its plan, one set of weights of two levels and the rungs between which they
+            switch while a model serves.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -133,6 +135,7 @@ class Settings:
     rotate: bool = False
     heal: bool | None = None
     embeddings: bool | None = None
+    ladder: bool = False
     seed: int = 0
     workers: int = 2
 

@@ -11,9 +11,11 @@ from lowprec.results import (
     CostResult,
     FrontierPoint,
     GroupChoice,
+    LadderResult,
     LossResult,
     ParityResult,
     Report,
+    RungResult,
     SchemeShare,
     SensitivityResult,
     SourceLoss,
@@ -153,6 +155,38 @@ def _plan(groups: tuple[GroupChoice, ...]) -> PrecisionPlan:
     )
 
 
+def make_ladder(rungs: int = 7) -> LadderResult:
+    """From INT4 to INT8 in equal steps of time."""
+    made = []
+    for index in range(rungs):
+        height = index / (rungs - 1)
+        loss = 0.21 * (0.004 / 0.21) ** height
+        made.append(
+            RungResult(
+                name={0: "INT4", rungs - 1: "INT8"}.get(index, f"{100 * (1 - height):.0f}% INT4"),
+                low_groups=round(121 * (1 - height)),
+                low_share=1 - height,
+                loss_nats=loss,
+                loss_lower=0.94 * loss,
+                loss_upper=1.07 * loss,
+                alone_us=14_100 + 5_300 * height,
+                full_us=41_000 + 17_000 * height,
+            )
+        )
+    return LadderResult(
+        path="out/ladder.json",
+        artefact="out/nested",
+        model_digest="5f1d0c6ae2b94873",
+        groups=121,
+        bits_per_weight=8.29,
+        slots=8,
+        tokens=24_576,
+        confidence=0.95,
+        rungs=tuple(made),
+        notes=(("times", "whole passes, processor time of one thread"),),
+    )
+
+
 def make_report(blocks: int = 30, seed: int = 0, **changes: Any) -> Report:
     """The report; `changes` replace its fields."""
     groups = make_groups(blocks, seed)
@@ -235,5 +269,6 @@ def make_report(blocks: int = 30, seed: int = 0, **changes: Any) -> Report:
         },
         peak_memory_bytes=1_910_000_000,
         artefact="out/artefact",
+        ladder=make_ladder(),
     )
     return dataclasses.replace(report, **changes)

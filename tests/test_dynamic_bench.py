@@ -1,14 +1,18 @@
 """The bench of bursts: what it sums up, and that a missed bar is said."""
 
 import dataclasses
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from bench.dynamic import scenes
+from bench.dynamic import live, scenes
 from lowprec.errors import ConfigError
+from lowprec.ladder import Ladder, write_ladder
 from lowprec.simulate.traces import BURSTS, Lengths
 from tests.ladders import ladder
+from tests.test_live import of_run
 
 SCENE = scenes.Scene(
     name="short", faster=1.0, slots=16, lengths=Lengths(prompt=64, output=32), seconds=100.0, ttft_s=1.0
@@ -53,3 +57,43 @@ def test_a_quicker_machine_is_modelled() -> None:
     assert found.rungs[0].pass_us("decode", 4) == pytest.approx(ladder().rungs[0].pass_us("decode", 4) / 10)
     assert not any(rung.is_measured for rung in found.rungs)
     assert "10 times as fast" in found.device
+
+
+def quick(whole: Ladder) -> Ladder:
+    """The ladder of a machine on which passes take next to nothing, as those of a tiny model do."""
+    return scenes.quicker(whole, 100.0)
+
+
+def test_live_arrivals_are_the_traces_and_everything_is_counted(tmp_path: Path) -> None:
+    made = of_run(tmp_path)
+    write_ladder(quick(made), tmp_path / "ladder.json")
+    assert live.run_of(tmp_path, tmp_path / "work") == tmp_path
+    scene = live.LiveScene(seconds=3.0, seeds=2, slots=3, lengths=Lengths(prompt=6, output=6))
+    found = live.measure(tmp_path, scene)
+    assert found.rungs == ("r0", "r1", "r2")
+    assert 0 < found.base_per_s < found.top_per_s < found.peak_per_s
+    for fixed, ours in found.results:
+        assert fixed.policy == "static r2"
+        assert ours.policy == "controller"
+        assert fixed.requests == ours.requests > 0
+        assert sum(t.tokens for t in fixed.tokens) == sum(t.tokens for t in ours.tokens)
+        assert [t.tokens for t in fixed.tokens[:2]] == [0, 0], "nothing but the top"
+        assert fixed.loss_nats == pytest.approx(made.rungs[-1].loss_upper)
+        assert 0 < fixed.ttft_s.p50 <= fixed.ttft_s.p95
+        assert 0 < ours.busy <= 1
+        assert ours.worst_window_nats <= found.budget_nats
+        assert fixed.return_s is None
+    assert json.loads(json.dumps(dataclasses.asdict(found)))["model_digest"] == made.model_digest
+
+
+def test_a_live_bench_that_shows_nothing_says_so() -> None:
+    results = scenes._burst(SCENE, SCENE.setting(ladder(ratio=0.5)), "burst-step", 0)
+    ours, fixed = results.result("controller"), results.result("static r4")
+    assert live._missed([(fixed, ours)], -0.95, 3.0, 0.2, 1.5) == []
+    calm = dataclasses.replace(fixed, violations=0)
+    slow = dataclasses.replace(ours, most_switches_in_a_second=3, worst_window_nats=0.3, return_s=None)
+    missed = live._missed([(calm, slow)], 0.0, 1.0, 0.2, 1.1)
+    assert len(missed) == 6
+    assert "the bottom serves 1.10 times what the top does" in missed[0]
+    assert "no request was late" in missed[1]
+    assert "back at the top within 10 s: ['never']" in missed[-1]

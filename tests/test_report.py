@@ -381,6 +381,20 @@ def test_sparse_reports_render():
     assert "269 MB" in re.sub(r"\s+", " ", printed(bare))
 
 
+def test_the_ladder_is_shown_where_there_is_one(page_text):
+    report = make_report()
+    text, said = " ".join(Page(page_text).text), " ".join(printed(report).split())
+    assert [rung.name for rung in report.ladder.rungs if rung.name not in text] == []
+    assert "7 rungs in 8.29 bits a weight: the lowest takes 71 % of the top's time" in n.plain(text)
+    assert 'server = lowprec.serve("out", ttft_s' in text
+    assert re.search(r"7 rungs, INT4 → INT8: KL 0\.210? → 0\.0040* nats", said)
+    without = dataclasses.replace(report, ladder=None)
+    assert "lowprec.serve" not in report_html(without)
+    assert "rungs" not in printed(without)
+    lossless = tuple(dataclasses.replace(r, loss_nats=0.0, loss_lower=0.0, loss_upper=0.0) for r in report.ladder.rungs)
+    Page(report_html(dataclasses.replace(report, ladder=dataclasses.replace(report.ladder, rungs=lossless))))
+
+
 def test_points_that_a_logarithm_cannot_show_are_counted():
     report = make_report()
     pair = CheckedPair(group="g", scheme="bf16", predicted_kl_nats=0.0, measured_kl_nats=-1e-6)

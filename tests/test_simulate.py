@@ -1,5 +1,6 @@
 """Replays: traces, the server against a slow one that takes every step, the figures, and what the controller wins."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ from lowprec.runtime.controller import EFFORTS, Controller, Objectives
 from lowprec.runtime.demand import Reading
 from lowprec.runtime.spending import LossBudget
 from lowprec.simulate.compare import CONTROLLER, compare
-from lowprec.simulate.measure import capacity, most_within, summarise, worst_window
+from lowprec.simulate.measure import (
+    backlog_time,
+    capacity,
+    most_within,
+    regain_time,
+    return_time,
+    summarise,
+    worst_window,
+)
 from lowprec.simulate.policies import Foresight, Policy, Static
-from lowprec.simulate.server import Server, replay
+from lowprec.simulate.server import Outcome, Server, replay
 from lowprec.simulate.study import Load, parse_efforts, study
 from lowprec.simulate.traces import BURSTS, PROFILES, Lengths, Trace, make_trace, read_trace
 from tests.ladders import ladder
@@ -349,6 +358,38 @@ def test_bursts(name: str, seed: int, rungs: int) -> None:
     assert ours.return_s is not None
     assert ours.return_s <= 10.0
     assert ours.meets
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_that_are_held_long_do_not_keep_it_low(seed: int) -> None:
+    """On a slow machine an answer takes eight seconds: who comes counts, not what the last of the burst still make."""
+    whole, lengths = ladder(7, ratio=0.58, step_ms=80.0), Lengths(prompt=32, output=96)
+    server = Server(ladder=whole, slots=16)
+    top = capacity(server, whole.top, lengths)
+    trace = made("burst-step", seed, 600.0, base_per_s=0.3 * top, peak_per_s=1.2 * top, lengths=lengths)
+    objectives = Objectives(ttft_s=15.0, tpot_s=0.12)
+    policy = Controller(whole, objectives, LossBudget(nats_per_token=0.15), slots=16, longest_prompt=512)
+    found = summarise("", trace, replay(trace, server, policy), whole, objectives, 10_000)
+    assert found.backlog_s is not None
+    assert found.regain_s is not None
+    assert found.return_s is not None
+    assert found.regain_s <= found.return_s
+    assert found.regain_s - found.backlog_s <= 6.0, "two seconds of calm, and then half of the way at a time"
+
+
+def test_what_a_burst_leaves_is_timed_by_hand() -> None:
+    trace = dataclasses.replace(
+        made(), arrival_s=np.array([0.0, 9.0, 10.5, 13.0, 30.0]), prompt=np.ones(5, np.int64),
+        output=np.ones(5, np.int64), effort=np.zeros(5, np.int64), bursts=((0.0, 2.0), (5.0, 10.0)), end_s=40.0,
+    )  # fmt: skip
+    start = np.array([0.0, 11.0, 12.5, 13.0, 35.0])
+    wanted = [(0.0, 4), (6.0, 0), (15.0, 4), (32.0, 2), (36.0, 4)]
+    outcome = Outcome(start_s=start, first_s=start, finish_s=start, first_step=np.zeros(5, np.int64), wanted=wanted)
+    assert backlog_time(trace, outcome) == 2.5, "who came while the burst's last waited waited as well"
+    assert regain_time(trace, outcome, 4) == 5.0
+    assert return_time(trace, outcome, 4) == 26.0
+    assert regain_time(dataclasses.replace(trace, bursts=((0.0, 2.0),)), outcome, 4) == 0.0
+    assert regain_time(dataclasses.replace(trace, bursts=()), outcome, 4) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

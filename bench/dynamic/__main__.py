@@ -2,11 +2,14 @@
 
     python -m bench.dynamic ladder MODEL RUN [--out bench/results/ladder_cpu.json]
     python -m bench.dynamic bursts [--seeds 20] [--workers 2] [--out bench/results/dynamic.json]
+    python -m bench.dynamic live MODEL_OR_RUN [--out bench/results/dynamic_live.json]
     python -m bench.dynamic million
 
 `ladder` measures every rung's step times (`times.py`) and losses (`losses.py`); RUN is a finished `lowprec calibrate`
 of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm
-traffic; the exit code is 1 where a bar of `scenes.py` is missed. `million` times a replay of a million requests.
+traffic. `live` sends requests to a server in this process, with the controller and without (`live.py`), along the
+ladder of a run or, of a model, of a run that is made first. The exit code of both is 1 where a bar of `scenes.py` is
+missed. `million` times a replay of a million requests.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,10 +29,13 @@ from bench.dynamic.scenes import BARS, SCENES, Scene, SceneResult, run_scene
 from lowprec.ladder import Ladder, Rung, read_ladder, write_ladder
 from lowprec.runtime.controller import Controller
 from lowprec.simulate.server import replay
-from lowprec.simulate.traces import make_trace
+from lowprec.simulate.traces import Lengths, make_trace
+
+if TYPE_CHECKING:
+    from bench.dynamic.live import LiveResult
 
 RESULTS = Path(__file__).parent.parent / "results"
-LADDER, DYNAMIC = RESULTS / "ladder_cpu.json", RESULTS / "dynamic.json"
+LADDER, DYNAMIC, LIVE = (RESULTS / name for name in ("ladder_cpu.json", "dynamic.json", "dynamic_live.json"))
 LOW = (12, 10, 8, 6, 4, 2, 0)
 BATCHES, PROMPTS, CONTEXT = (1, 2, 3, 4, 6, 8, 16), (16, 32, 64, 128, 256, 512), 128
 
@@ -113,7 +119,7 @@ def _print(result: SceneResult) -> None:
         f"{1e3 * result.tpot_s:.0f} ms; budget {result.budget_nats:.3f} nats"
     )
     names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
-    table = Table(*names, "worst window", "switches/s", "back in (most)")
+    table = Table(*names, "worst window", "switches/s", "back in (most)", "first; backlog; beyond it, most")
     for s in result.shapes:
         back = f"{s.median_return_s:.1f} s"
         back += " (never)" if s.longest_return_s is None else f" ({s.longest_return_s:.1f} s)"
@@ -126,6 +132,10 @@ def _print(result: SceneResult) -> None:
             f"{s.worst_window_nats:.4f}",
             str(s.most_switches_in_a_second),
             back,
+            "; ".join(
+                "never" if t is None else f"{t:.1f} s"
+                for t in (s.longest_regain_s, s.longest_backlog_s, s.longest_beyond_backlog_s)
+            ),
         )
     console.print(table)
     console.print(
@@ -133,6 +143,54 @@ def _print(result: SceneResult) -> None:
         f"{result.half_switches} in {result.half_requests:,}"
     )
     for missed in result.missed:
+        console.print(f"[red]missed[/]: {missed}")
+
+
+@app.command()
+def live(
+    source: Annotated[Path, typer.Argument(help="Folder of a run with a ladder, or a model.")],
+    seconds: float = 90.0,
+    seeds: int = 2,
+    slots: int = 8,
+    prompt_tokens: int = 32,
+    output_tokens: int = 32,
+    work: Annotated[Path, typer.Option(help="Where the run of a model is kept.")] = Path(".bench/live"),
+    out: Annotated[Path, typer.Option()] = LIVE,
+) -> None:
+    """Serves bursts on this machine, with the controller and at static INT8."""
+    from bench.dynamic.live import LiveScene, measure, run_of
+
+    lengths = Lengths(prompt=prompt_tokens, output=output_tokens)
+    found = measure(run_of(source, work), LiveScene(seconds=seconds, seeds=seeds, slots=slots, lengths=lengths))
+    record = {"bars": dataclasses.asdict(BARS), "python": platform.python_version(), **dataclasses.asdict(found)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    _print_live(found)
+    sys.exit(1 if found.missed else 0)
+
+
+def _print_live(found: "LiveResult") -> None:
+    console = Console(width=150)
+    console.print(
+        f"{found.model} on {found.device}: {found.top_per_s:.2f} requests/s at the top, "
+        f"{found.bottom_per_s / found.top_per_s:.2f} times that at the bottom; base {found.base_per_s:.2f}, peak "
+        f"{found.peak_per_s:.2f}; objectives {found.ttft_s:.2f} s and {1e3 * found.tpot_s:.0f} ms; budget "
+        f"{found.budget_nats:.3f} nats"
+    )
+    table = Table("seed", "policy", "late", "TTFT p50, p95", "loss, worst window", "switches", "at the top", "back in")
+    for seed, pair in enumerate(found.results):
+        for result in pair:
+            top = result.tokens[-1].tokens / sum(t.tokens for t in result.tokens)
+            table.add_row(
+                *(str(seed), result.policy, f"{result.violations} of {result.requests}"),
+                f"{result.ttft_s.p50:.2f} s, {result.ttft_s.p95:.2f} s",
+                f"{result.loss_nats:.4f}, {result.worst_window_nats:.4f}",
+                *(str(result.switches), f"{100 * top:.0f} %"),
+                "" if result.return_s is None else f"{result.return_s:.1f} s",
+            )
+    console.print(table)
+    console.print(f"late {100 * found.violations_change:+.1f} %, TTFT p95 {found.ttft_ratio:.2f} times better")
+    for missed in found.missed:
         console.print(f"[red]missed[/]: {missed}")
 
 

@@ -99,7 +99,11 @@ class Scene:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeResult:
-    """One shape over all seeds: sums of what missed an objective, medians of percentiles, the worst of the rest."""
+    """One shape over all seeds: sums of what missed an objective, medians of percentiles, the worst of the rest.
+
+    `longest_return_s` is what the bar is about; the three after it take it apart (`PolicyResult`): until the top is
+    wanted for the first time, until nobody waits any more, and from then until the top.
+    """
 
     shape: str
     requests: int
@@ -119,6 +123,9 @@ class ShapeResult:
     most_switches_in_a_second: int
     median_return_s: float
     longest_return_s: float | None
+    longest_regain_s: float | None
+    longest_backlog_s: float
+    longest_beyond_backlog_s: float | None
     lowest_share: float
 
 
@@ -228,6 +235,9 @@ def _shape(setting: Setting, shape: str, found: Sequence[Comparison]) -> ShapeRe
     oracle = [c.result("oracle") for c in found]
     ratios = [s.ttft_s.p95 / r.ttft_s.p95 for s, r in zip(fixed, ours, strict=True)]
     returns = [r.return_s for r in ours]
+    regained = [r.regain_s for r in ours]
+    backlogs = [r.backlog_s or 0.0 for r in ours]
+    beyond = [None if r is None else max(0.0, r - b) for r, b in zip(regained, backlogs, strict=True)]
     before = sum(r.violations for r in fixed)
     return ShapeResult(
         shape=shape,
@@ -247,9 +257,18 @@ def _shape(setting: Setting, shape: str, found: Sequence[Comparison]) -> ShapeRe
         pass_switches=float(np.mean([r.pass_switches for r in ours])),
         most_switches_in_a_second=max(r.most_switches_in_a_second for r in ours),
         median_return_s=float(np.median([r for r in returns if r is not None] or [0.0])),
-        longest_return_s=None if None in returns else max(r for r in returns if r is not None),
+        longest_return_s=_longest(returns),
+        longest_regain_s=_longest(regained),
+        longest_backlog_s=max(backlogs),
+        longest_beyond_backlog_s=_longest(beyond),
         lowest_share=float(np.mean([r.tokens[0].tokens / sum(t.tokens for t in r.tokens) for r in ours])),
     )
+
+
+def _longest(seconds: Sequence[float | None]) -> float | None:
+    """None where one of them never came."""
+    known = [s for s in seconds if s is not None]
+    return max(known) if len(known) == len(seconds) else None
 
 
 def _missed(shapes: tuple[ShapeResult, ...], calm_switches: int, budget: float) -> list[str]:

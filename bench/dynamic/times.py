@@ -12,19 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
-from lowprec.artifacts.loading import cache_argument
 from lowprec.formats import resolve, scheme_named
-from lowprec.ladder import PassTime, Phase
 from lowprec.runtime import KernelTable, QuantLinear
 from lowprec.runtime.convert import linear_layers
 from lowprec.runtime.measure import random_operands
+from lowprec.targets.passes import Times, measure_passes
 from lowprec.targets.torch import TorchTarget
 
 BUCKETS = (1, 8, 64, 256)
@@ -117,46 +114,15 @@ def measure(
     prompts: Sequence[int],
     context: int,
     repeats: int,
-) -> list[dict[Phase, tuple[PassTime, ...]]]:
-    """Times of each rung, the rungs interleaved: `batches` sequences decoded, `prompts` tokens read.
-
-    Prompts are read at the top, so theirs are measured there and hold for every rung.
-    """
-    taken: dict[tuple[int, Phase, int], list[float]] = {}
-    name, top = cache_argument(model), len(rungs) - 1
-
-    def timed(index: int, phase: Phase, size: int, keep: bool, **given: Any) -> Any:
-        start = time.process_time()
-        output = model(use_cache=True, logits_to_keep=1, **given)
-        if keep:
-            taken.setdefault((index, phase, size), []).append(time.process_time() - start)
-        return getattr(output, name)
-
-    with torch.inference_mode():
-        for batch in batches:
-            set_rung(model, rungs[top])
-            tokens = torch.randint(0, 1000, (batch, context))
-            cache = timed(top, "prefill", 0, False, input_ids=tokens)
-            for repeat in range(repeats + 1):
-                for index, low in enumerate(rungs):
-                    set_rung(model, low)
-                    # The first round lays weights out.
-                    timed(index, "decode", batch, repeat > 0, input_ids=tokens[:, :1], **{name: cache})
-                    cache.crop(-1)
-        set_rung(model, rungs[top])
-        for size in prompts:
-            tokens = torch.randint(0, 1000, (1, size))
-            for repeat in range(max(3, repeats // 2) + 1):
-                timed(top, "prefill", size, repeat > 0, input_ids=tokens)
-
-    def times(index: int, phase: Phase, sizes: Sequence[int]) -> tuple[PassTime, ...]:
-        found = []
-        for size in sizes:
-            p20, p50, p80 = 1e6 * np.percentile(taken[index, phase, size], [20, 50, 80])
-            found.append(PassTime(tokens=size, p20_us=p20, p50_us=p50, p80_us=p80, origin="measured"))
-        return tuple(found)
-
-    return [
-        {"decode": times(index, "decode", batches), "prefill": times(top, "prefill", prompts)}
-        for index in range(len(rungs))
-    ]
+) -> list[Times]:
+    """Times of each rung, in processor seconds: `batches` sequences decoded, `prompts` tokens read."""
+    return measure_passes(
+        model,
+        lambda rung: set_rung(model, rungs[rung]),
+        len(rungs),
+        batches=batches,
+        prompts=prompts,
+        context=context,
+        repeats=repeats,
+        clock=time.process_time,
+    )

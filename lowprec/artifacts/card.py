@@ -44,6 +44,24 @@ TURNED = (
 )
 
 
+LEVELS = (
+    "Its layers hold two levels, INT4 and one of nearly 8 bits, in one set of weights (nested-int4-int8): this folder "
+    "is an ordinary INT4 artefact, and residual.safetensors beside it makes the higher level. Which of them a layer "
+    "computes with is an integer that may change between any two passes; ladder.json of the run it is from has the "
+    "rungs, with what each loses and takes."
+)
+
+
+def serve_snippet(run: str) -> str:
+    """Python that serves the nested weights of a run along its ladder; `run` is its folder as a literal."""
+    return (
+        "import lowprec\n\n"
+        f"server = lowprec.serve({run}, ttft_s=2.0, tpot_s=0.1, nats_per_token=0.1, slots=8)\n"
+        'answer = server.generate("Once upon a time", tokens=64, effort="medium")\n'
+        "print(answer.text, answer.rungs)"
+    )
+
+
 def load_snippet(form: ArtefactForm, folder: str, decoder: bool) -> str:
     """Python that loads the artefact; `folder` is its place as a literal."""
     auto = "AutoModelForCausalLM" if decoder else "AutoModel"
@@ -139,6 +157,7 @@ def model_card(
     decoder: bool = True,
     form: ArtefactForm = "compressed-tensors",
     turned: bool = False,
+    levels: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -152,12 +171,16 @@ def model_card(
         decoder: False for encoders, which are loaded by another class.
         form: what the folder holds, which says how it is loaded.
         turned: whether the hidden states have another basis than the base model's.
+        levels: whether the weights have a second plane; the plan is then that of the first, and no budget's.
     """
     title = plan.model.rstrip("/").rpartition("/")[2] or plan.model
-    parts = [_front_matter(plan, licence, decoder, form), "", f"# {title}, mixed precision", ""]
+    kind = "precision at run time" if levels else "mixed precision"
+    parts = [_front_matter(plan, licence, decoder, form), "", f"# {title}, {kind}", ""]
+    made = f"Quantised by lowprec for the target `{plan.target}` with the solver `{plan.solver}`, layer group by layer"
     parts += [
-        f"Quantised by lowprec for the target `{plan.target}` with the solver `{plan.solver}`, layer group by layer "
-        f"group, to the cheapest mix ({plan.objective}) whose {plan.budget.metric} changes by at most "
+        f"{made} group. {LEVELS}"
+        if levels
+        else f"{made} group, to the cheapest mix ({plan.objective}) whose {plan.budget.metric} changes by at most "
         f"{plan.budget.limit:.2%} ({plan.budget.kind}).",
         "",
     ]
@@ -177,6 +200,9 @@ def model_card(
         parts += ["| scheme | groups |", "|---|---|"]
         parts += [f"| {name} | {names.count(name)} |" for name in sorted(set(names))]
     parts += ["", _usage(decoder, form)]
+    if levels:
+        snippet = serve_snippet('"RUN"')
+        parts += ["At both levels, RUN being the folder of the run:", "", f"```python\n{snippet}\n```", ""]
     if notes:
         parts += ["## Limits", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(parts)

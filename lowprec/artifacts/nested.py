@@ -26,14 +26,18 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from lowprec.artifacts.digests import FILE_NAME as DIGESTS
-from lowprec.artifacts.digests import write_digests
+from lowprec.artifacts.digests import sha256_of, write_digests
 from lowprec.artifacts.folder import atomic_write
 from lowprec.artifacts.loading import load_artefact, read_back
+from lowprec.artifacts.probe import FILE_NAME as PROBE
 from lowprec.artifacts.safetensors_io import TensorEntry, load_tensors, read_header, write_safetensors
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.formats import QuantizedWeight
 from lowprec.formats.base import SCALE_DTYPE
-from lowprec.formats.nested import LEVELS, NAME, RATIO_BITS, RATIOS, NestedWeight, refuses
+from lowprec.formats.nested import LEVEL_NAMES, LEVELS, NAME, RATIO_BITS, RATIOS, NestedWeight, refuses
+from lowprec.ladder import Ladder
+from lowprec.records import digest
+from lowprec.registry import closest
 from lowprec.runtime.nested import nest_
 from lowprec.runtime.switch import Switch
 
@@ -181,6 +185,21 @@ def _read(
     return weight
 
 
+def stored_digest(path: Path | str) -> str:
+    """What a ladder names this artefact by: a digest of all of its weights, both planes, as they are in its files.
+
+    Raises:
+        ArtifactError: it has one plane.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ArtifactError(path, "is no folder of an artefact; lowprec calibrate --ladder writes one, as nested/")
+    if not is_nested(path):
+        raise ArtifactError(path, f"has one plane, so level {LEVELS[0]} alone: {RESIDUAL} is missing")
+    files = [file for file in sorted(path.glob("*.safetensors")) if file.name != PROBE]
+    return digest(*(f"{file.name}:{sha256_of(file)}" for file in files))
+
+
 def stored_bits_per_weight(path: Path | str) -> float:
     """Bits that a nested weight takes in the artefact's files, both planes with their scales, ratios and zero points.
 
@@ -198,12 +217,25 @@ def stored_bits_per_weight(path: Path | str) -> float:
     return 8 * stored / sum(weights.values())
 
 
+def level_vectors(ladder: Ladder) -> list[dict[str, int]]:
+    """The rungs of a ladder as a switch takes them: group -> level of a nested weight.
+
+    Raises:
+        ConfigError: levels that nested weights do not have.
+    """
+    for level in ladder.levels:
+        if level not in LEVEL_NAMES:
+            raise ConfigError(f"level {level!r} is none of nested weights: {closest(level, list(LEVEL_NAMES))}")
+    return [{group: LEVEL_NAMES[level] for group, level in rung.levels} for rung in ladder.rungs]
+
+
 def load_nested(
     path: Path | str,
     dtype: torch.dtype = torch.bfloat16,
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
     rungs: Sequence[int | Mapping[str, int]] = LEVELS,
+    ladder: Ladder | None = None,
 ) -> tuple[Any, Any, Switch]:
     """Loads a nested artefact as a model that runs in its codes.
 
@@ -211,14 +243,21 @@ def load_nested(
         path: the artefact's folder.
         dtype: of what is not nested, and of the computation.
         groups, rungs: see `lowprec.runtime.nested.nest_`.
+        ladder: the artefact's own, whose groups and rungs are taken then.
 
     Returns:
         The model in eval mode, its tokenizer or None, and the switch, at its highest rung.
 
     Raises:
         ArtifactError: see `read_nested` and `load_artefact`.
-        ConfigError: groups or rungs that do not fit; a level that does not exist.
+        ConfigError: groups or rungs that do not fit; a level that does not exist; the ladder of another model, or
+            one that does not say which layers its groups have.
     """
+    if ladder is not None:
+        ladder.check_model(stored_digest(path))
+        groups, rungs = dict(ladder.layers), level_vectors(ladder)
+        if not groups:
+            raise ConfigError("the ladder does not say which layers its groups have: make it by calibrate --ladder")
     nested = read_nested(path)
     model, tokenizer = load_artefact(path, dtype)
     return model, tokenizer, nest_(model, nested, groups=groups, rungs=rungs)

@@ -34,6 +34,8 @@ from lowprec.registry import closest
 
 NAME = "nested-int4-int8"
 LEVELS = (4, 8)
+LEVEL_NAMES = {"int4": 4, "int8": 8}
+"""What ladders call them, the lower one first."""
 RATIOS = (4, 6, 8, 12)
 RATIO_BITS = 2
 RESIDUAL_MIN, RESIDUAL_MAX = -8, 7

@@ -5,7 +5,7 @@ What the later stages are about is the artefact as it was loaded, not the model 
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,26 +94,9 @@ class _Scored(nn.Module):
 def export(chosen: Chosen) -> Loaded:
     """Writes the artefact, and for a target with files of its own those, and loads them back."""
     context = chosen.prepared.context
-    model = context.model
-    solved: dict[str, Any] = {
-        "solved": chosen.solved,
-        "schemes": {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None},
-        "input_scales": {layer: float(scale) for layer, scale in input_scales(chosen).items()},
-    }
-    added: dict[str, Any] = {
-        "tokenizer": model.tokenizer,
-        "generation_config": model.generation_config,
-        "finish": lambda folder: finish(chosen, folder),
-    }
     with context.progress.step("export"), chosen.in_model():
         path = context.folder.path / "model"
-        try:
-            parts = solved | _checkpoint_parts(chosen)
-            plan_artefact(**parts)
-        except UnsupportedError as error:
-            written = _own_form(chosen, path, error, solved | added)
-        else:
-            written = write_artefact(path, **parts, **added)
+        written = write(chosen, path, lambda folder: finish(chosen, folder))
         artefact = Artefact(
             path=path,
             form=form_of(path),
@@ -128,6 +111,32 @@ def export(chosen: Chosen) -> Loaded:
     artefact = dataclasses.replace(artefact, deployed=deploy(chosen, context.runtime, path))
     served = loaded_by(chosen, context.runtime, deployed_path(chosen, context.runtime))
     return Loaded(artefact=artefact, stream=stream, overlay=overlay, served=served)
+
+
+def write(chosen: Chosen, path: Path, finishing: Callable[[Path], None]) -> WrittenArtefact:
+    """Writes the codes as a checkpoint of compressed-tensors, or where none can hold them in lowprec's own form.
+
+    Args:
+        chosen: its scales are merged into the model already (`Chosen.in_model`).
+        finishing: completes the folder before it is put in place.
+    """
+    model = chosen.prepared.context.model
+    solved: dict[str, Any] = {
+        "solved": chosen.solved,
+        "schemes": {layer: s for layer, s in chosen.scheme_of_layer.items() if s.weight is not None},
+        "input_scales": {layer: float(scale) for layer, scale in input_scales(chosen).items()},
+    }
+    added: dict[str, Any] = {
+        "tokenizer": model.tokenizer,
+        "generation_config": model.generation_config,
+        "finish": finishing,
+    }
+    try:
+        parts = solved | _checkpoint_parts(chosen)
+        plan_artefact(**parts)
+    except UnsupportedError as error:
+        return _own_form(chosen, path, error, solved | added)
+    return write_artefact(path, **parts, **added)
 
 
 def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
@@ -263,8 +272,13 @@ def finish(
     cost: CostResult | None = None,
     notes: Sequence[str] = (),
     reused: bool = False,
+    *,
+    levels: bool = False,
 ) -> None:
-    """Adds probe set, card and digests to an artefact; again with the verdict, once there is one."""
+    """Adds probe set, card and digests to an artefact; again with the verdict, once there is one.
+
+    `levels` says that it gets a second plane (`lowprec.artifacts.nested`).
+    """
     prepared = chosen.prepared
     model = prepared.context.model
     if model.kind == "decoder" and not (folder / "probe.safetensors").exists():
@@ -272,7 +286,7 @@ def finish(
         if windows:
             scored = _Scored(prepared.as_stored, chosen.overlay)
             save_probe(folder, make_probe(scored, torch.stack(windows[:PROBE_WINDOWS])))
-    card(chosen, folder, form_of(folder), judgement, cost, notes, reused)
+    card(chosen, folder, form_of(folder), judgement, cost, notes, reused, levels=levels)
 
 
 def card(
@@ -283,6 +297,8 @@ def card(
     cost: CostResult | None,
     notes: Sequence[str],
     reused: bool,
+    *,
+    levels: bool = False,
 ) -> None:
     """Writes the model card of a folder of that form, and its digests."""
     model = chosen.prepared.context.model
@@ -299,6 +315,7 @@ def card(
         decoder=model.kind == "decoder",
         form=form,
         turned=model.original is not None,
+        levels=levels,
     )
     write_card(folder, text)
     write_digests(folder)

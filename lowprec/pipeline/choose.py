@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import QuantizedWeight, scheme_named
-from lowprec.pipeline.mixes import PLAIN, Mixes
+from lowprec.pipeline.mixes import PLAIN, Mixes, lower_level
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.price import Priced
 from lowprec.pipeline.score import Scored
@@ -91,7 +91,9 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     verified = _verify(scored, priced, mixes)
     plan = _plan(scored, priced, verified, mixes.rounding_of(verified.chosen.allocation.scheme_of()))
     merges = _merges(scored, plan)
-    solved = _behind_merges(mixes.solved(plan.scheme_of()), merges)
+    # What a ladder is made of is kept for the stage that makes it, or a run that was cut would round it again.
+    beside = [lower_level(scored)] if scored.prepared.context.settings.ladder else []
+    solved = _behind_merges(mixes.solved(plan.scheme_of(), beside), merges)
     limit = limit_of(scored.prepared.context.metric.budget)
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
@@ -163,7 +165,7 @@ def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> 
         workload=settings.workload,
         target=settings.target,
         objective=settings.objective,
-        solver=_solver_of(settings.effort, rounding),
+        solver=solver_of(settings.effort, rounding),
         predicted_loss=shown(context.metric.budget, chosen.predicted),
         predicted_cost=chosen.allocation.cost,
         input_digests=tuple(sorted({**prepared.inputs, "tuning": prepared.tuning.data.digest}.items())),
@@ -172,7 +174,7 @@ def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> 
     return plan
 
 
-def _solver_of(effort: Effort, rounding: str) -> str:
+def solver_of(effort: Effort, rounding: str) -> str:
     """What the weights were rounded by, for the report."""
     if rounding == PLAIN:
         return effort.solver

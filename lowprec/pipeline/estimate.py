@@ -25,6 +25,9 @@ PASSES_FORWARD_BACKWARD = 4
 # Of a block's, in float32 where the disk has bfloat16: as gathered, ordered, and factorised.
 OUTPUT_COPIES = 3 * 2
 PROBE_K, PROBE_RUNS = 4096, 7
+# Over tuning text: the reference, the lower level as a mix, and seven rungs.
+LADDER_RUNS = 9
+LEVEL_BYTES = 3.2
 # Of a run's time, what its matmuls take; the rest is rounding, softmaxes over the vocabulary, attention, disk.
 SHARE_OF_MATMULS = 0.7
 
@@ -82,12 +85,18 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + 2 * growth * effort.held_out_tokens
         + (PASSES_FORWARD_BACKWARD + 1) * effort.calibration_tokens * effort.weighted
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
+        + settings.ladder * _ladder_passes(settings)
     )
     served = 4.0 * sum(p.numel() for p in module.parameters()) * isinstance(TARGETS[settings.target], RuntimeTarget)
-    memory = max(3.0 * weights + turned + run, weights + 2 * turned, weights + turned + DEPLOYED_COPIES * served)
+    # Of nested weights: as they are read, a code to a byte, and as they run, beside the model they are loaded into.
+    levels = settings.ladder * (LEVEL_BYTES * parameters + weights)
+    memory = max(
+        3.0 * weights + turned + run, weights + 2 * turned, weights + turned + DEPLOYED_COPIES * served,
+        weights + turned + run + levels,
+    )  # fmt: skip
     return Estimate(
         memory_bytes=int(LIBRARIES_BYTES + memory),
-        disk_bytes=int(2.5 * max(weights, turned / 2) + scratch + 2 * served) + CONFIG_BYTES,
+        disk_bytes=int((2.5 + 1.5 * settings.ladder) * max(weights, turned / 2) + scratch + 2 * served) + CONFIG_BYTES,
         seconds=2.0 * parameters * passes / (SHARE_OF_MATMULS * _flops_per_second(hidden)),
     )
 
@@ -104,6 +113,12 @@ def _passes_per_mix(settings: Settings) -> float:
     compensated = 4 if effort.compensated else 0
     learned = PASSES_FORWARD_BACKWARD * effort.learning_steps * STEP_TOKENS / effort.calibration_tokens
     return compensated + effort.compensated * learned + (PASSES_FORWARD_BACKWARD + 1) * settings.healing_passes
+
+
+def _ladder_passes(settings: Settings) -> float:
+    """Tokens that pass through the model for a ladder: the lower level rounded, the higher fitted, rungs measured."""
+    effort, growth = settings.effort, text_growth(settings.budget)
+    return (_passes_per_mix(settings) + 1) * effort.calibration_tokens + LADDER_RUNS * growth * effort.tuning_tokens
 
 
 def _flops_per_second(k: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, scheme_named
+from lowprec.formats.nested import base_reason
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.score import Scored
 from lowprec.records import Group, Scheme, digest
@@ -50,6 +51,29 @@ class MeasuredMix:
     mix: str
     rounding: str
     measured: Measured
+
+
+def lower_level(scored: Scored) -> dict[str, str]:
+    """The mix that is the lower level of a ladder: group -> its INT4 scheme of least predicted loss, or bf16.
+
+    bf16 stays what cannot be nested: groups that no INT4 in groups fits, and those that share codes with an embedding,
+    whose rows are read at one precision.
+    """
+    predicted = scored.predicted
+
+    def lower(group: Group) -> str:
+        found = nestable(scored.prepared, group)
+        return min(found, key=lambda s: (predicted[group.name, s], s)) if found else "bf16"
+
+    return {group.name: lower(group) for group in scored.prepared.groups}
+
+
+def nestable(prepared: Prepared, group: Group) -> list[str]:
+    """The group's schemes that can be the lower level of nested weights."""
+    if group.tables:
+        return []
+    found = [s for s in prepared.schemes[group.name] if s.activation is None and s.weight is not None]
+    return [s.name for s in found if base_reason(str(s.weight)) is None]
 
 
 class Tuning:
@@ -146,13 +170,22 @@ class Mixes:
         found = self._measured.get(_name_of(schemes))
         return found.rounding if found else PLAIN
 
-    def solved(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
-        """Codes and scales of the mix, in its best rounding; forgets what only others needed."""
-        solved, mix = self._rounded(schemes, self.rounding_of(schemes)), _name_of(schemes)
-        folder = self._prepared.context.folder
+    def solved(
+        self, schemes: Mapping[str, str], beside: Sequence[Mapping[str, str]] = ()
+    ) -> dict[str, QuantizedWeight]:
+        """Codes and scales of the mix, in its best rounding; forgets what only others needed than those `beside` it."""
+        solved = self._rounded(schemes, self.rounding_of(schemes))
+        folder, kept = self._prepared.context.folder, {_name_of(mix) for mix in (schemes, *beside)}
         # Also those of earlier budgets, whose measurements on another text are not known any more.
-        others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] != mix]
+        others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] not in kept]
         folder.forget_solved(others)
+        self._outputs.clear()
+        return solved
+
+    def kept(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        """Codes and scales of the mix, in its best rounding, which is found now if need be; forgets nothing."""
+        self.measure(Allocation(schemes=tuple(schemes.items()), loss=0.0, cost=0.0))
+        solved = self._rounded(schemes, self.rounding_of(schemes))
         self._outputs.clear()
         return solved
 

@@ -46,15 +46,15 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
         equal = set(back) == set(chosen.solved) and all(_same(chosen.solved[layer], back[layer]) for layer in back)
         some = prepared.splits.tuning.subset(LOADED_TOKENS).batches()
         scored = outputs_of(run_through(stream, some, overlay), some)
-        kl = _kl(context, some, scored, outputs_of(run_through(loaded.stream, some, loaded.overlay), some))
+        kl = kl_between(context, some, scored, outputs_of(run_through(loaded.stream, some, loaded.overlay), some))
         few = prepared.splits.tuning.subset(NOISE_TOKENS).batches()
         # Kept, as the module that they come from is changed for the runtime.
         expected = list(outputs_of(run_through(stream, few, overlay), few))
         model = context.model
         noisy = Stream(model.module, model.forward, example(prepared.splits), stream.device, torch.bfloat16)
-        noise = _kl(context, few, expected, outputs_of(run_through(noisy, few, overlay), few))
+        noise = kl_between(context, few, expected, outputs_of(run_through(noisy, few, overlay), few))
         with optimised(chosen, loaded.artefact, loaded.served) as module:
-            runtime = _kl(context, few, expected, forwarded(context, module, few))
+            runtime = kl_between(context, few, expected, forwarded(context, module, few))
         return ParityResult(
             codes_equal=equal,
             max_layer_error=_worst_layer(chosen, back),
@@ -83,7 +83,9 @@ def forwarded(context: Context, module: nn.Module, batches: Sequence[Batch]) -> 
         yield output
 
 
-def _kl(context: Context, batches: Sequence[Batch], expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
+def kl_between(
+    context: Context, batches: Sequence[Batch], expected: Iterable[Tensor], found: Iterable[Tensor]
+) -> float:
     """Mean KL per event, or what stands for it, between outputs of the same batches."""
     tables = [
         context.metric.divergence(one, other, batch) for one, other, batch in zip(expected, found, batches, strict=True)
@@ -98,7 +100,7 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
         return None
     module, _ = load_artefact(loaded.artefact.path, torch.bfloat16, activations="library")
     context = chosen.prepared.context
-    found = _kl(context, batches, expected, forwarded(context, module, batches))
+    found = kl_between(context, batches, expected, forwarded(context, module, batches))
     # Models of transformers refer to themselves, so they stay until they are collected.
     del module
     give_back_memory()

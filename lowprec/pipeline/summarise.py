@@ -12,6 +12,7 @@ import transformers
 
 from lowprec.economics import dollars_per_million_output_tokens, price_of
 from lowprec.formats import scheme_named
+from lowprec.ladder import Ladder
 from lowprec.pipeline.artefact import (
     Artefact,
     bytes_before,
@@ -24,6 +25,7 @@ from lowprec.pipeline.artefact import (
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.deploy import deployed_path
+from lowprec.pipeline.ladder import summary
 from lowprec.pipeline.prove import Proved
 from lowprec.pipeline.serve import baseline, optimised
 from lowprec.records import ArtefactForm, Group, Scheme, Workload
@@ -41,7 +43,13 @@ NOT_ON_TUNING = "no mix was within the budget on tuning text, and this one came 
 UNITS = {"time": "us", "bytes": "bytes", "dollars": "dollars per million output tokens"}
 
 
-def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequence[CheckedPair]) -> Report:
+def summarise(
+    chosen: Chosen,
+    artefact: Artefact,
+    proved: Proved,
+    pairs: Sequence[CheckedPair],
+    ladder: Ladder | None = None,
+) -> Report:
     """Everything in one record; also completes the artefact's card with the verdict."""
     prepared, verified, plan = chosen.prepared, chosen.verified, chosen.plan
     context = prepared.context
@@ -77,6 +85,7 @@ def summarise(chosen: Chosen, artefact: Artefact, proved: Proved, pairs: Sequenc
         artefact=str(place),
         artefact_form=form,
         turned=context.model.original is not None,
+        ladder=None if ladder is None else summary(chosen, ladder),
     )
 
 

@@ -3,6 +3,7 @@
 loss_forest      interval of the loss, overall and per source, against the budget
 before_after     two bars of one quantity
 share_bar        parameters per scheme
+ladder           time of a pass against loss, a point per rung
 frontier         cheapest cost for each budget, the chosen mix marked
 agreement        predicted against measured KL, both logarithmic, with the diagonal
 
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from lowprec.report import numbers
 from lowprec.report.palette import in_order, look_of
 from lowprec.report.svg import Axis, at, figure, joined, line, mark, tag, text
-from lowprec.results import CheckedPair, Report
+from lowprec.results import CheckedPair, LadderResult, Report
 
 Shown = Callable[[float], str]
 ROW = 34
@@ -137,6 +138,29 @@ def frontier(report: Report) -> Markup:
     body.append(text("chosen", x, y, "chosen-label", dx=-10, dy=18, text_anchor="end"))
     body.append(_axis_names("predicted loss on tuning data", "predicted cost"))
     words = f"Predicted cost against predicted loss for {len(points)} budgets; the table has the numbers."
+    return figure(joined(body), words, 300, "30px 16px 50px 5.2em")
+
+
+def ladder(found: LadderResult) -> Markup:
+    """Loss with its bounds (logarithmic where it can be) against the time of a full decoding pass, a point per rung."""
+    losses = [v for rung in found.rungs for v in (rung.loss_lower, rung.loss_upper)]
+    times = [rung.full_us for rung in found.rungs]
+    spread, log = max(times) - min(times) or max(times), min(losses) > 0
+    across = Axis(min(losses) * 0.8, max(losses) * 1.35, log=True) if log else Axis(0.0, 1.1 * max(losses) or 1.0)
+    upwards = Axis(min(times) - 0.2 * spread, max(times) + 0.15 * spread)
+    body = _horizontal(upwards, lambda v: numbers.cost(v, "us")) + _vertical(across, lambda v: f"{v:g}")
+    places = [(across.share(rung.loss_nats or across.low), 1 - upwards.share(rung.full_us)) for rung in found.rungs]
+    body += [line(*a, *b, "trend") for a, b in itertools.pairwise(places)]
+    for rung, (x, y) in zip(found.rungs, places, strict=True):
+        said = f"{rung.name}: {numbers.significant(rung.loss_nats)} nats, {numbers.cost(rung.full_us, 'us')}"
+        body.append(
+            line(across.share(rung.loss_lower or across.low), y, across.share(rung.loss_upper), y, "interval part")
+        )
+        body.append(mark("circle", x, y, said, class_="point"))
+    for rung, (x, y) in ((found.rungs[0], places[0]), (found.rungs[-1], places[-1])):
+        body.append(text(rung.name, x, y, "point-label", dx=8, dy=-8))
+    body.append(_axis_names("KL on tuning text, nats", f"decoding pass, {found.slots} sequences"))
+    words = f"Time of a decoding pass against loss for {len(found.rungs)} rungs; the table has the numbers."
     return figure(joined(body), words, 300, "30px 16px 50px 5.2em")
 
 

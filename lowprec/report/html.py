@@ -15,7 +15,7 @@ from markupsafe import Markup
 from lowprec.artifacts import card
 from lowprec.report import figures, layers, numbers
 from lowprec.report.palette import look_of
-from lowprec.results import Report
+from lowprec.results import LadderResult, Report
 from lowprec.version import __version__
 
 VERDICT_WORDS = {"within": "Within budget", "over": "Over budget", "inconclusive": "Inconclusive"}
@@ -57,6 +57,7 @@ def report_html(report: Report) -> str:
         changes=changes(report),
         snippet=load_snippet(report),
         loading=card.LOADING[report.artefact_form],
+        ladder_snippet=ladder_snippet(report),
         struck_out=struck_out(report),
         version=__version__,
     )
@@ -78,7 +79,18 @@ def headlines(report: Report) -> dict[str, str]:
         "prediction": f"The mix was predicted at {numbers.significant(found.predicted_kl_nats)} nats and measured at "
         f"{numbers.significant(found.measured_kl_nats)}{off}",
         "parity": f"What is loaded {parity}",
+        "ladder": _ladder_headline(report.ladder),
     }
+
+
+def _ladder_headline(ladder: LadderResult | None) -> str:
+    if ladder is None:
+        return ""
+    low, top = ladder.rungs[0], ladder.rungs[-1]
+    return (
+        f"{len(ladder.rungs)} rungs in {ladder.bits_per_weight:.2f} bits a weight: the lowest takes "
+        f"{numbers.percent(low.full_us / top.full_us, 0)} of the top's time"
+    )
 
 
 def _unsigned(value: str) -> str:
@@ -130,6 +142,13 @@ def struck_out(report: Report) -> list[tuple[str, str, str]]:
     for item in report.struck_out:
         merged.setdefault((item.scheme, item.reason), []).append(f"{item.n}{numbers.GAP}×{numbers.GAP}{item.k}")
     return [(scheme, ", ".join(shapes), reason) for (scheme, reason), shapes in merged.items()]
+
+
+def ladder_snippet(report: Report) -> str:
+    """Python that serves along the ladder; empty where there is none."""
+    if report.ladder is None:
+        return ""
+    return card.serve_snippet(json.dumps(str(Path(report.ladder.path).parent), ensure_ascii=False))
 
 
 def load_snippet(report: Report) -> str:

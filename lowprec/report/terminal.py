@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lowprec.report import numbers
 from lowprec.report.palette import look_of
-from lowprec.results import REUSED, Report
+from lowprec.results import REUSED, LadderResult, Report
 
 VERDICT_STYLE = {"within": "bold green", "over": "bold red", "inconclusive": "bold yellow"}
 VERDICT_WORDS = {"within": "WITHIN BUDGET", "over": "OVER BUDGET", "inconclusive": "INCONCLUSIVE"}
@@ -66,6 +66,8 @@ def _rows(report: Report) -> Iterable[tuple[str, str]]:
     yield "weights", f"{sizes} ({saved}), {cost.effective_bits:.2f} bits per linear parameter"
     yield "parity", _parity(report)
     yield "prediction", _prediction(report)
+    if report.ladder is not None:
+        yield "ladder", _ladder(report.ladder)
     yield "time", _seconds(report)
 
 
@@ -112,6 +114,22 @@ def _prediction(report: Report) -> str:
         f"KL of the mix {numbers.significant(found.predicted_kl_nats)} predicted, "
         f"{numbers.significant(found.measured_kl_nats)} measured; Spearman {found.spearman:.3f}"
     )
+
+
+def _ladder(ladder: LadderResult) -> str:
+    low, top = ladder.rungs[0], ladder.rungs[-1]
+    losses, alone, full = (
+        f"{shown(getattr(low, name))} → {shown(getattr(top, name))}"
+        for name, shown in (("loss_nats", numbers.significant), ("alone_us", _pass), ("full_us", _pass))
+    )
+    return (
+        f"{len(ladder.rungs)} rungs, {low.name} → {top.name}: KL {losses} nats; a pass of one sequence {alone}, "
+        f"of {ladder.slots} {full}; {ladder.bits_per_weight:.2f} bits a weight hold them all"
+    )
+
+
+def _pass(us: float) -> str:
+    return numbers.cost(us, "us")
 
 
 def _seconds(report: Report) -> str:

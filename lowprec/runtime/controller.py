@@ -11,8 +11,10 @@ paid for and its time is compared with the ladder's (`settle`).
                    Robbins and Monro 1951): it rises fast and falls slowly.
     down           as soon as the wait or the time per token of the present rung comes near its objective (later, where
                    a queue will work itself off), to the highest rung that meets both and can work off the queue.
-    up             half of the way at a time, to the highest rung that would make the tokens that are really made at
-                   85 % of its capacity, when nobody waits, all of it for two seconds.
+    up             half of the way at a time, to the highest rung that has room, when nobody waits, all of it for two
+                   seconds: that would make the tokens that are really made at 85 % of its capacity, or serve those who
+                   come now so. A low rung makes the last tokens of a burst faster than the top need ever do, and to
+                   wait until the slots are free again would keep it low for as long as a request lasts.
     between        half a second from switch to switch, never three within a second; and a rung that costs more than
                    the budget earns is entered only with money for two seconds there.
 
@@ -249,7 +251,7 @@ class Controller:
     def _calm_rung(self, reading: Reading) -> int:
         """The highest rung, from the present one upwards, at which nobody would wait and there would be room."""
         tuning, rung = self.tuning, self.rung
-        while rung < self.top and self.demand.load(rung + 1) <= tuning.load_up:
+        while rung < self.top and self.demand.least_load(rung + 1) <= tuning.load_up:
             if not self._meets(rung + 1, reading, tuning.wait_up, tuning.tpot_up):
                 break
             rung += 1

@@ -180,6 +180,11 @@ class Demand:
         """Share of a rung's capacity that the tokens really made, and their prompts, take."""
         return self.tokens_s * self.work_s[rung] / max(self._outputs / self._requests, 1.0)
 
+    def least_load(self, rung: int) -> float:
+        """The load, or where nobody waits that of the present arrivals, if it is less."""
+        load = self.load(rung)
+        return load if self.queue else min(load, self.arrivals_s * self.work_s[rung])
+
     def forget_wait(self) -> None:
         """Gives up a wait that is being measured: the rung it was predicted at is left."""
         self._probe = None

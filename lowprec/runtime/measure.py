@@ -7,13 +7,16 @@ most two forms a scheme, runs interleaved at full size. On a GPU all forms are c
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS
+from lowprec.formats.nested import LEVELS, RATIOS
 from lowprec.records import Scheme
 from lowprec_kernels import timing, timing_cuda
+from lowprec_kernels.cpu_nested import NestedOperands, nested_gemm
 from lowprec_kernels.kernel import Kernel, Operands, State
 from lowprec_kernels.packing import pack_int4
 from lowprec_kernels.timing import Timing
@@ -100,6 +103,75 @@ def _screen(scheme: Scheme, kernels: Sequence[Kernel], n: int, k: int, x: Tensor
     best = min(t.p50_us for t in found.values())
     ranked = sorted(kernels, key=lambda kernel: found[kernel.name].p50_us)
     return [kernel for kernel in ranked if found[kernel.name].p50_us <= SCREEN_RATIO * best][:FINALISTS]
+
+
+def random_nested(fmt: str, n: int, k: int, seed: int = 0) -> NestedOperands:
+    """A nested weight [n, k] of random codes on a base in `fmt` (int4-g64, ...), for timing."""
+    generator = torch.Generator().manual_seed(seed)
+    base = WEIGHT_FORMATS[fmt]
+    group_size = base.group_size or k
+
+    def nibbles(*shape: int) -> Tensor:
+        return torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
+
+    shape = (n, k // group_size)
+    return NestedOperands(
+        base=pack_int4(nibbles(n, k)),
+        residual=pack_int4(nibbles(n, k)),
+        scale=(0.001 + 0.02 * torch.rand(shape, generator=generator)).to(torch.bfloat16),
+        ratio=torch.full(shape, max(RATIOS), dtype=torch.int8),
+        zero=None if base.symmetric else nibbles(*shape),
+        bias=None,
+        group_size=group_size,
+    )
+
+
+def nested_candidate(weights: Sequence[NestedOperands], level: int, x: Tensor) -> Callable[[int], object]:
+    """For the clock: x [M, K] through copy `i` of a weight at a level."""
+    return lambda copy: nested_gemm(weights[copy], x, level)
+
+
+def nested_copies(weight: NestedOperands, copies: int) -> list[NestedOperands]:
+    """Clones that share nothing with the weight or each other."""
+
+    def cloned() -> NestedOperands:
+        parts = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+        tensors: dict[str, Any] = {name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)}
+        return dataclasses.replace(weight, **tensors)
+
+    return [cloned() for _ in range(copies)]
+
+
+def measure_levels(
+    fmt: str,
+    n: int,
+    k: int,
+    ms: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seconds_per_candidate: float = 0.15,
+) -> dict[tuple[int, int], Timing]:
+    """Times x[m, k] through a nested weight [n, k] at each of its levels on this CPU, interleaved, weights cold.
+
+    Args:
+        fmt: of the base: int4-g64, int4-g128-asym, ...
+        ms: rows of the activations.
+        dtype: of the activations.
+
+    Returns:
+        (level, rows) -> its time.
+    """
+    # Level 4 reads half a byte of a weight, level 8 a whole one, each of its own copies.
+    copies = timing.copies_for(1.5 * n * k)
+    weight, found = random_nested(fmt, n, k), dict[tuple[int, int], Timing]()
+    weights = {level: nested_copies(weight, copies) for level in LEVELS}
+    with torch.inference_mode():
+        for m in ms:
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+            runs = {str(level): nested_candidate(weights[level], level, x) for level in LEVELS}
+            times = timing.time_interleaved(runs, copies=copies, seconds_per_candidate=seconds_per_candidate)
+            found |= {(level, m): times[str(level)] for level in LEVELS}
+    return found
 
 
 def measure_kernels(

@@ -41,7 +41,9 @@ class PolicyResult:
         switches: changes of the wanted rung, and how many there were within one second at most.
         pass_switches: changes from one decoding pass to the next, floors of batches included.
         return_s: from the end of the last burst until the top is wanted for good; None where there was no burst, or
-            no coming back.
+            no coming back. A chance clump of requests long after the burst that takes the rung down counts in.
+        regain_s: the same until the top is wanted for the first time.
+        backlog_s: the same until nobody waits for the first time: what the burst has left is taken on then.
         stays_low: whether the top is not wanted at the end.
         events: (what, how often) of what the controller counts.
         busy: share of the time until the last token in which passes ran.
@@ -63,6 +65,8 @@ class PolicyResult:
     stays_low: bool
     busy: float
     events: tuple[tuple[str, int], ...] = ()
+    regain_s: float | None = None
+    backlog_s: float | None = None
 
     @property
     def violation_share(self) -> float:
@@ -120,6 +124,31 @@ def return_time(trace: Trace, outcome: Outcome, top: int) -> float | None:
     return max(0.0, outcome.wanted[-1][0] - trace.bursts[-1][1])
 
 
+def regain_time(trace: Trace, outcome: Outcome, top: int) -> float | None:
+    """See `PolicyResult.regain_s`."""
+    if not trace.bursts:
+        return None
+    end = trace.bursts[-1][1]
+    if [rung for time, rung in outcome.wanted if time <= end][-1] == top:
+        return 0.0
+    return next((time - end for time, rung in outcome.wanted if time > end and rung == top), None)
+
+
+def backlog_time(trace: Trace, outcome: Outcome) -> float | None:
+    """See `PolicyResult.backlog_s`. Requests leave the queue in the order of arrival."""
+    if not trace.bursts:
+        return None
+    end = trace.bursts[-1][1]
+    first = int(np.searchsorted(trace.arrival_s, end, side="right"))
+    free = max(end, float(outcome.start_s[first - 1])) if first else end
+    # Who came meanwhile waits as well.
+    for arrival, start in zip(trace.arrival_s[first:], outcome.start_s[first:], strict=True):
+        if arrival > free:
+            break
+        free = max(free, float(start))
+    return free - end
+
+
 def summarise(
     name: str,
     trace: Trace,
@@ -156,6 +185,8 @@ def summarise(
         pass_switches=max(0, len(outcome.steps) - 1),
         return_s=return_time(trace, outcome, ladder.top) if returns else None,
         stays_low=outcome.wanted[-1][1] < ladder.top,
+        regain_s=regain_time(trace, outcome, ladder.top) if returns else None,
+        backlog_s=backlog_time(trace, outcome),
         busy=outcome.busy_s / over if over else 0.0,
         events=tuple(sorted(events)),
     )

@@ -3,6 +3,7 @@
 All pay from the same bucket and keep to the same floors; only the wanted rung differs.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +76,15 @@ class Static:
 
     def count(self, phase: Phase, rung: int, made: int, tokens: int, seconds: float, passes: int = 1) -> None:
         """Keeps no books."""
+
+    def pass_rung(self, phase: Phase, accounts: Collection[Account]) -> int:
+        """Always the same, that for prompts aside."""
+        return self.top if phase == "prefill" else self.rung
+
+    def settle(self, phase: Phase, rung: int, accounts: Collection[Account], tokens: int, seconds: float) -> None:
+        """Enters the rungs of tokens."""
+        for account in accounts:
+            account.add(rung, self.prices[rung], 1)
 
 
 class Foresight(Controller):

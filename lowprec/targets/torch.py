@@ -204,7 +204,7 @@ def measure_end_to_end(
         raise ModelError(f"{type(model).__name__} has no config with vocab_size: only causal models can be timed")
     tokens = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(getattr(model, "device", "cpu"))
-    forward = _Cached(model)
+    forward = Cached(model)
     deadline = clock() + seconds
     prefill: list[float] = []
     steps: list[float] = []
@@ -230,7 +230,7 @@ def measure_end_to_end(
     return batch * prompt_tokens / statistics.median(prefill), batch / statistics.median(steps) if steps else 0.0
 
 
-class _Cached:
+class Cached:
     """A causal model called with a KV cache, by whichever name its version of transformers gives it."""
 
     def __init__(self, model: nn.Module) -> None:

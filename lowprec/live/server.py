@@ -1,0 +1,364 @@
+"""Continuous batching of a nested model in this process, every pass at the rung that a controller picks.
+
+A step reads up to `chunk` tokens of waiting prompts, each prompt's piece in a pass of its own, and then makes one token
+for every sequence that has had its prompt read before, in one pass together: what `lowprec simulate` replays. Before a
+step the controller is told what is scheduled and who waits; each pass is pinned to its rung, paid for, and timed.
+
+    server = lowprec.serve("run", ttft_s=2.0, tpot_s=0.1, nats_per_token=0.1, slots=8)
+    answer = server.generate("Once upon a time", tokens=64, effort="medium")  # .text, .tokens, .rungs, .loss_nats
+
+`generate` may be called from several threads, which then share passes: whoever has the turn takes a step for all.
+`submit` and `step` are the same without waiting, for a loop of one's own. Decoding is greedy unless `pick` says
+otherwise.
+
+Left out: preemption, prefix caching, streaming over a network. A request that fails takes the step with it.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lowprec.artifacts.loading import cache_argument
+from lowprec.artifacts.nested import load_nested
+from lowprec.errors import ArtifactError, ConfigError
+from lowprec.ladder import Phase, read_ladder
+from lowprec.live.slots import Slots
+from lowprec.runtime.controller import Controller, Objectives
+from lowprec.runtime.demand import Reading
+from lowprec.runtime.spending import NANONATS, Account, LossBudget
+from lowprec.runtime.switch import Switch
+
+LADDER, NESTED = "ladder.json", "nested"
+Pick = Callable[[Tensor], int]
+"""[V] logits of one sequence -> its next token."""
+
+
+class Policy(Protocol):
+    """What picks the rungs; a `Controller` is one."""
+
+    rung: int
+    prices: tuple[int, ...]
+
+    def decide(self, reading: Reading) -> int:
+        """The wanted rung."""
+
+    def open(self, effort: str) -> Account:
+        """The account of a new request."""
+
+    def pass_rung(self, phase: Phase, accounts: Collection[Account]) -> int:
+        """The rung of a pass."""
+
+    def settle(self, phase: Phase, rung: int, accounts: Collection[Account], tokens: int, seconds: float) -> None:
+        """Enters a finished pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a request got.
+
+    Attributes:
+        text: of the tokens; None without a tokenizer.
+        rungs: the rung of the pass that made each token, an index into the ladder.
+        loss_nats: expected, per token, by the upper bounds of those rungs.
+        waited_s, first_s, seconds: from its arrival until its prompt was begun, its first token, its last.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    rungs: tuple[int, ...]
+    loss_nats: float
+    waited_s: float
+    first_s: float
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """A request on its way; `tokens` grows until `done`. Times are the server's clock's."""
+
+    prompt: tuple[int, ...]
+    limit: int
+    stops: frozenset[int]
+    pick: Pick
+    account: Account
+    arrival_s: float
+    start_s: float = 0.0
+    first_s: float = 0.0
+    finish_s: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    cache: Any = None
+    read: int = 0
+
+    def take(self, token: int, now_s: float) -> None:
+        """Enters its next token."""
+        self.first_s = self.first_s if self.tokens else now_s
+        self.tokens.append(token)
+        if len(self.tokens) == self.limit or token in self.stops:
+            self.done, self.finish_s = True, now_s
+
+
+def most_likely(logits: Tensor) -> int:
+    """The token of the largest of [V] logits."""
+    return int(logits.argmax())
+
+
+class LiveServer:
+    """See the module.
+
+    Args:
+        model: a causal model of transformers that `switch` belongs to, as `load_nested` gives them.
+        tokenizer: for prompts that are text; may be None.
+        policy: a `Controller` for the same rungs.
+        slots: sequences that are decoded together at most, as the policy was told.
+        chunk: tokens of prompts that a step reads at most.
+        clock: seconds that do not go back.
+
+    Raises:
+        ConfigError: a switch of other rungs than the policy's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        switch: Switch,
+        policy: Policy,
+        *,
+        slots: int,
+        chunk: int = 512,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if len(switch.rungs) != len(policy.prices):
+            raise ConfigError(
+                f"the model has {len(switch.rungs)} rungs and the policy {len(policy.prices)}: load it with the ladder "
+                "that the policy is for"
+            )
+        self.model, self.tokenizer, self.switch, self.policy = model, tokenizer, switch, policy
+        self.chunk, self.clock = chunk, clock
+        self._slots, self._active = Slots(slots), list[Request]()
+        self._waiting: deque[Request] = deque()
+        self._reading: Request | None = None
+        self._cache_name, self._turn = cache_argument(model), threading.Lock()
+        config = model.config
+        windows = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        self.longest = min((w for w in windows if w), default=1 << 30)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        tokens: int = 128,
+        effort: str = "medium",
+        *,
+        stop: Collection[int] | None = None,
+        pick: Pick = most_likely,
+        arrival_s: float | None = None,
+    ) -> Request:
+        """Enters a request; steps serve it.
+
+        Args:
+            prompt: text, or token ids.
+            tokens: of the answer, at most.
+            effort: "high" keeps every token at the top rung, "medium" in the upper half, "low" anywhere.
+            stop: tokens that end the answer; None for those that the model's configuration names.
+            arrival_s: when it came, by the server's clock; None for now.
+
+        Raises:
+            ConfigError: a prompt that is empty, too long with its answer, or of unknown tokens; an unknown effort; text
+                without a tokenizer.
+        """
+        ids = self._ids(prompt)
+        if tokens < 1 or not ids:
+            raise ConfigError(f"a prompt of {len(ids)} tokens and an answer of {tokens}: give 1 or more of each")
+        if not all(0 <= token < self.model.config.vocab_size for token in ids):
+            raise ConfigError(f"the prompt has tokens outside the vocabulary of {self.model.config.vocab_size}")
+        if len(ids) + tokens > self.longest:
+            raise ConfigError(
+                f"a prompt of {len(ids)} tokens and an answer of {tokens} are more than the {self.longest} that this "
+                "model attends to"
+            )
+        request = Request(
+            prompt=ids,
+            limit=tokens,
+            stops=frozenset(self._ends() if stop is None else stop),
+            pick=pick,
+            account=self.policy.open(effort),
+            arrival_s=self.clock() if arrival_s is None else arrival_s,
+        )
+        with self._turn:
+            self._waiting.append(request)
+        return request
+
+    def generate(self, prompt: str | Sequence[int], tokens: int = 128, effort: str = "medium", **given: Any) -> Answer:
+        """Submits a request and takes steps until it is done; arguments as for `submit`."""
+        request = self.submit(prompt, tokens, effort, **given)
+        while not request.done:
+            with self._turn:
+                if not request.done:
+                    self._step()
+        return self.answer(request)
+
+    def answer(self, request: Request) -> Answer:
+        """What a request has got; it is `done` when that is all."""
+        rungs = tuple(request.account.rungs())
+        spent = sum(self.policy.prices[rung] for rung in rungs) / NANONATS
+        return Answer(
+            tokens=tuple(request.tokens),
+            text=None if self.tokenizer is None else self.tokenizer.decode(request.tokens),
+            rungs=rungs,
+            loss_nats=spent / max(len(rungs), 1),
+            waited_s=request.start_s - request.arrival_s,
+            first_s=request.first_s - request.arrival_s,
+            seconds=request.finish_s - request.arrival_s,
+        )
+
+    def step(self) -> bool:
+        """Takes one step for all requests; False where there is none."""
+        with self._turn:
+            return self._step()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait and were not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that were begun and are not done."""
+        return len(self._active) + (self._reading is not None)
+
+    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(int(token) for token in prompt)
+        if self.tokenizer is None:
+            raise ConfigError("this model came without a tokenizer: give the prompt as token ids")
+        return tuple(self.tokenizer(prompt)["input_ids"])
+
+    def _ends(self) -> Collection[int]:
+        generation = getattr(self.model, "generation_config", None)
+        ends = getattr(generation, "eos_token_id", None)
+        return () if ends is None else ends if isinstance(ends, list) else (ends,)
+
+    def _step(self) -> bool:
+        if not (self._waiting or self._active or self._reading):
+            return False
+        now = self.clock()
+        pieces, admitted = self._schedule(now)
+        oldest = max(0.0, now - self._waiting[0].arrival_s) if self._waiting else 0.0
+        prefill = sum(tokens for _, tokens in pieces)
+        self.policy.decide(Reading(now, prefill, len(self._active), len(self._waiting), oldest, admitted))
+        running = list(self._active)
+        begun = [request for request, tokens in pieces if self._read(request, tokens)]
+        if running:
+            self._decode(running)
+        for request in begun:
+            if not request.done:
+                self._slots.add(request.cache, len(request.prompt))
+                self._active.append(request)
+            request.cache = None
+        return True
+
+    def _schedule(self, now: float) -> tuple[list[tuple[Request, int]], int]:
+        """(request, tokens of its prompt) of this step, in order of arrival, and how many were admitted."""
+        room, pieces, admitted = self.chunk, list[tuple[Request, int]](), 0
+        if self._reading is not None:
+            request = self._reading
+            tokens = min(room, len(request.prompt) - request.read)
+            room -= tokens
+            pieces.append((request, tokens))
+        while room and self._waiting and len(self._active) + len(pieces) < self._slots.slots:
+            request = self._waiting.popleft()
+            request.start_s = now
+            tokens = min(room, len(request.prompt))
+            room -= tokens
+            admitted += 1
+            pieces.append((request, tokens))
+        # Only the last one can be cut.
+        last = pieces[-1] if pieces else None
+        self._reading = last[0] if last and last[0].read + last[1] < len(last[0].prompt) else None
+        return pieces, admitted
+
+    def _read(self, request: Request, tokens: int) -> bool:
+        """Reads a piece of a prompt; whether it was the last, whose pass makes the first token."""
+        piece = request.prompt[request.read : request.read + tokens]
+        request.cache = DynamicCache() if request.cache is None else request.cache
+        last = request.read + tokens == len(request.prompt)
+        accounts = [request.account] if last else []
+        rung = self.policy.pass_rung("prefill", accounts)
+        logits, rung, seconds = self._pass(rung, torch.tensor([piece]), request.cache)
+        request.read += tokens
+        self.policy.settle("prefill", rung, accounts, tokens, seconds)
+        if last:
+            request.take(request.pick(logits[0]), self.clock())
+        return last
+
+    def _decode(self, running: Sequence[Request]) -> None:
+        """One token for each."""
+        accounts = [request.account for request in running]
+        rung = self.policy.pass_rung("decode", accounts)
+        ids = torch.tensor([[request.tokens[-1]] for request in running])
+        logits, rung, seconds = self._pass(rung, ids, self._slots, **self._slots.begin(self.model.dtype))
+        self._slots.end()
+        self.policy.settle("decode", rung, accounts, len(running), seconds)
+        now = self.clock()
+        for request, row in zip(running, logits, strict=True):
+            request.take(request.pick(row), now)
+        for row in reversed(range(len(running))):
+            if running[row].done:
+                self._slots.remove(row)
+                # As the rows do: the last one takes the place.
+                self._active[row] = self._active[-1]
+                self._active.pop()
+
+    def _pass(self, rung: int, ids: Tensor, cache: Any, **given: Tensor) -> tuple[Tensor, int, float]:
+        """One forward pass at `rung` -> logits of the last position [B, V], the rung that it ran at, its seconds."""
+        start = self.clock()
+        with torch.inference_mode(), self.switch.pinned(rung):
+            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache}, **given)
+        ran = self.switch.last_rung
+        assert ran is not None
+        return output.logits[:, -1].float(), ran, self.clock() - start
+
+
+def serve(
+    run: Path | str,
+    *,
+    ttft_s: float,
+    tpot_s: float,
+    nats_per_token: float,
+    percentile: float = 0.95,
+    burst_share: float = 0.2,
+    slots: int = 8,
+    chunk: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+) -> LiveServer:
+    """Loads what `lowprec calibrate --ladder` made and serves it along its ladder.
+
+    Args:
+        run: the run's folder: nested/ and ladder.json are read.
+        ttft_s, tpot_s, percentile: objectives (`lowprec.Objectives`).
+        nats_per_token, burst_share: the loss budget (`lowprec.LossBudget`).
+        slots, chunk: see `LiveServer`.
+
+    Raises:
+        ArtifactError: a run without a ladder, or damaged files.
+        ConfigError: a ladder of other weights; objectives or a budget that no rung meets.
+    """
+    run = Path(run)
+    if not (run / LADDER).exists():
+        raise ArtifactError(run, f"has no {LADDER}: make it by lowprec calibrate --ladder")
+    ladder = read_ladder(run / LADDER)
+    objectives = Objectives(ttft_s=ttft_s, tpot_s=tpot_s, percentile=percentile)
+    budget = LossBudget(nats_per_token=nats_per_token, burst_share=burst_share)
+    # What cannot be is refused before anything is loaded.
+    controller = Controller(ladder, objectives, budget, slots=slots, longest_prompt=chunk)
+    model, tokenizer, switch = load_nested(run / NESTED, dtype, ladder=ladder)
+    return LiveServer(model, tokenizer, switch, controller, slots=slots, chunk=chunk)
