@@ -13,7 +13,7 @@ groups, schemes, rounder and batches. A `Scratch` is a folder for hidden states;
 weighed.
 
 Precision at run time: a `Controller` moves between the rungs of a `Ladder` within a `LossBudget`; `study` replays
-arrivals through it.
+arrivals through it; `request_cache` makes the KV cache of a request, in 8 or 16 bits.
 
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lowprec.report.progress import RunProgress
     from lowprec.results import Report
     from lowprec.runtime.controller import Controller, Objectives
+    from lowprec.runtime.kvcache import RequestCache, request_cache
     from lowprec.runtime.spending import LossBudget
     from lowprec.settings import Effort, Settings, effort_named
     from lowprec.simulate.study import study
@@ -103,6 +104,7 @@ _HOME = {
     "Priced": "pipeline.price:Priced",
     "Proved": "pipeline.prove:Proved",
     "Report": "results:Report",
+    "RequestCache": "runtime.kvcache:RequestCache",
     "Rounder": "steps.solve:Rounder",
     "RunFolder": "artifacts.folder:RunFolder",
     "RunProgress": "report.progress:RunProgress",
@@ -137,6 +139,7 @@ _HOME = {
     "price": "pipeline.price:price",
     "prove": "pipeline.prove:prove",
     "read_ladder": "ladder:read_ladder",
+    "request_cache": "runtime.kvcache:request_cache",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
     "sources": "steps.sources:read_sources",
@@ -177,6 +180,7 @@ __all__ = [
     "Priced",
     "Proved",
     "Report",
+    "RequestCache",
     "Rounder",
     "RunFolder",
     "RunProgress",
@@ -212,6 +216,7 @@ __all__ = [
     "price",
     "prove",
     "read_ladder",
+    "request_cache",
     "score",
     "sensitivity",
     "sources",
