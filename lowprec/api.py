@@ -56,6 +56,7 @@ def optimize(
     rotate: bool = False,
     heal: bool | None = None,
     embeddings: bool | None = None,
+    kv_cache: str | None = None,
     schemes: Sequence[str] = (),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -78,6 +79,7 @@ def optimize(
             but a head that was tied to the embedding gets a weight of its own.
         heal: whether the scales of each mix are tuned end to end; None leaves it to the effort.
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
+        kv_cache: "8" or "fp8": what the KV cache may be kept in, where that pays; None leaves it as it is.
         schemes: families or names of schemes that may be chosen, none for what the target offers; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -106,6 +108,7 @@ def optimize(
         rotate=rotate,
         heal=heal,
         embeddings=embeddings,
+        kv_cache=kv_cache,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,

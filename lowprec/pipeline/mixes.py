@@ -148,7 +148,7 @@ class Mixes:
 
     def solved(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding; forgets what only others needed."""
-        solved, mix = self._rounded(schemes, self.rounding_of(schemes)), _name_of(schemes)
+        solved, mix = self._rounded(schemes, self.rounding_of(schemes)), _name_of(self._of_weights(schemes))
         folder = self._prepared.context.folder
         # Also those of earlier budgets, whose measurements on another text are not known any more.
         others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] != mix]
@@ -182,7 +182,10 @@ class Mixes:
             overlay: Overlay = self._scored.overlay(schemes)
         else:
             solved = self._rounded(schemes, rounding, start)
-            overlay = overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration)
+            overlay = {
+                **overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration),
+                **prepared.caches.overlay(schemes),
+            }
         return MeasuredMix(mix=_name_of(schemes), rounding=rounding, measured=self._tuning.measure(overlay))
 
     def _rounded(
@@ -200,7 +203,7 @@ class Mixes:
 
     def _compensated(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         prepared, context = self._prepared, self._prepared.context
-        mix = _name_of(schemes)
+        mix = _name_of(self._of_weights(schemes))
         inputs = {**self._inputs, "mix": mix}
         compensation = Compensation(
             **self._fitted(schemes),
@@ -252,7 +255,7 @@ class Mixes:
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
         """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
         context, groups = self._prepared.context, self._prepared.groups
-        mix = _name_of(schemes)
+        mix = _name_of(self._of_weights(schemes))
         inputs = {**self._inputs, "mix": mix}
         quantised = [g for g in groups if scheme_named(schemes[g.name]).weight]
         kept = [context.folder.read_solved(f"{g.name}@{HEALED}{mix}", inputs) for g in quantised]
@@ -266,6 +269,10 @@ class Mixes:
             weights = {layer: healed[layer] for layer in g.layers}
             context.folder.write_solved(f"{g.name}@{HEALED}{mix}", weights, inputs)
         return healed
+
+    def _of_weights(self, schemes: Mapping[str, str]) -> dict[str, str]:
+        """Without the groups of the KV cache, which no rounding of weights looks at."""
+        return {group.name: schemes[group.name] for group in self._prepared.groups}
 
     def _fitted(self, schemes: Mapping[str, str]) -> dict[str, Any]:
         """What compensating and healing both are given."""
