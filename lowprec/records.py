@@ -79,6 +79,11 @@ class CachePlace:
     heads: int
     width: int
 
+    @property
+    def name(self) -> str:
+        """What it is called in plans and tables."""
+        return f"{self.module}.{self.part}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheGroup:

@@ -148,7 +148,7 @@ class CacheFormat(Protocol):
         """x [..., T, D] -> codes [..., T, D] and scales [..., T, 1], None where `scale`, the calibrated one, is it."""
 
     def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
-        """The inverse but for the rounding; computed in float32, then in `dtype`."""
+        """The inverse but for the rounding, in `dtype`: what float32 gives, rounded once."""
 
     def bytes_per_token(self, heads: int, width: int) -> float:
         """Stored bytes of the keys, or of the values, of one token in a layer of `heads` heads, scales included."""

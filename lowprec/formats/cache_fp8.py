@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ConfigError
-from lowprec.formats.base import CACHE_FORMATS
+from lowprec.formats.base import CACHE_FORMATS, SCALE_DTYPE
 from lowprec.formats.fp8 import LARGEST, to_grid
 
 HEADROOM = 2.0
@@ -41,7 +41,9 @@ class Fp8Cache:
     def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
         """Codes times the scale."""
         assert isinstance(scales, float)
-        return (codes.to(torch.float32) * scales).to(dtype)
+        # A code has 4 bits and the scale 8, so that their product is exact in float32, which bfloat16 multiplies in.
+        held = dtype if dtype == SCALE_DTYPE else torch.float32
+        return (codes.to(held) * scales).to(dtype)
 
     def bytes_per_token(self, heads: int, width: int) -> float:
         """A byte a value."""

@@ -39,7 +39,10 @@ class Int8Cache:
     def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
         """Codes times scales."""
         assert isinstance(scales, Tensor)
-        return (codes.to(torch.float32) * scales.to(torch.float32)).to(dtype)
+        # Both are bfloat16 values, whose product has 16 bits at most: it is rounded once, here or there, and half the
+        # memory passes where it is multiplied in bfloat16.
+        held = dtype if dtype == SCALE_DTYPE else torch.float32
+        return (codes.to(held) * scales.to(held)).to(dtype)
 
     def bytes_per_token(self, heads: int, width: int) -> float:
         """A byte a value, a bfloat16 scale a head."""

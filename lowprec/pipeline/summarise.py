@@ -134,17 +134,14 @@ class Accounts:
 
     def _cache_bytes(self) -> tuple[int | None, int | None]:
         """Of the KV cache's groups, as they were and as the plan has them; None where there are none."""
-        costs, schemes = self.chosen.priced.costs, self.chosen.plan.scheme_of()
-        if not (caches := self.chosen.prepared.caches.names):
+        costs, caches = self.chosen.priced.costs, self.chosen.prepared.caches.names
+
+        def bytes_in(schemes: Mapping[str, str]) -> int:
+            return round(sum(costs[name, schemes[name]].bytes for name in caches))
+
+        if not caches:
             return None, None
-        before, after = (
-            sum(costs[name, s].bytes for name, s in m)
-            for m in (
-                [(name, "bf16") for name in caches],
-                [(name, schemes[name]) for name in caches],
-            )
-        )
-        return round(before), round(after)
+        return bytes_in(dict.fromkeys(caches, "bf16")), bytes_in(self.chosen.plan.scheme_of())
 
     def total(self, allocated: float) -> float:
         """An allocation's cost with what no allocation changes, as the report shows it."""

@@ -18,7 +18,7 @@ keys of other layers stay what transformers makes them.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -398,15 +398,18 @@ class _Tap:
 
 @contextmanager
 def serving_cache(model: nn.Module, parts: Sequence[RoundedPart]) -> Iterator[nn.Module]:
-    """`serve_cache` while open; nothing is changed where nothing is rounded."""
-    with ExitStack() as stack:
-        for undo in serve_cache(model, parts):
-            stack.callback(undo)
+    """`serve_cache` while open; a model that is served so already stays so."""
+    served = hasattr(model, SERVED)
+    serve_cache(model, parts)
+    try:
         yield model
+    finally:
+        if not served:
+            leave_cache_(model)
 
 
-def serve_cache(model: nn.Module, parts: Sequence[RoundedPart]) -> list[Callable[[], None]]:
-    """Gives a decoder of transformers the cache that it was judged with, and returns what undoes that.
+def serve_cache(model: nn.Module, parts: Sequence[RoundedPart]) -> None:
+    """Gives a decoder of transformers the cache that it was judged with; nothing where nothing is rounded.
 
     `generate`, and a forward pass with `use_cache` and no cache, make a `RequestCache`; passes without a cache, or with
     one that is none of ours, see keys and values rounded alike. A `RequestCache` of the caller is taken as it is.
@@ -416,21 +419,30 @@ def serve_cache(model: nn.Module, parts: Sequence[RoundedPart]) -> list[Callable
     """
     before = getattr(model, SERVED, None)
     if not parts or before == tuple(parts):
-        return []
+        return
     if before is not None:
         raise ConfigError("this model is given another KV cache already: load it anew")
-    undo: list[Callable[[], None]] = []
     for rounded in by_layer(parts).values():
-        attention = model.get_submodule(next(iter(rounded.values())).module)
-        undo.append(round_parts(attention, rounded).remove)
-    undo.append(model.register_forward_pre_hook(_admits, with_kwargs=True).remove)
+        round_parts(model.get_submodule(next(iter(rounded.values())).module), rounded)
+    model.register_forward_pre_hook(_admits, with_kwargs=True)
     setattr(model, SERVED, tuple(parts))
-    undo.append(lambda: delattr(model, SERVED))
     if hasattr(model, "_prepare_cache_for_generation"):
         # `generate` makes its cache itself, before any pass; its hook for that is a method.
         model.__dict__["_prepare_cache_for_generation"] = partial(_prepare_cache, model)
-        undo.append(lambda: delattr(model, "_prepare_cache_for_generation"))
-    return undo
+
+
+def leave_cache_(model: nn.Module) -> bool:
+    """Takes off a model what `serve_cache` gave it, in place; whether there was anything."""
+    if not hasattr(model, SERVED):
+        return False
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _admits or (isinstance(hook, _Tap) and isinstance(hook.wrap, _Rounds)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    delattr(model, SERVED)
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    return True
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -57,12 +57,12 @@ class Caches:
         groups = (replace(g, places=tuple(p for p in g.places if wanted(p.module))) for g in self.groups)
         return replace(self, groups=tuple(group for group in groups if group.places))
 
-    def at(self, module: str, part: CachePart) -> tuple[str, RoundedPart] | None:
-        """The group that a part of an attention layer is in, and the part as it may be rounded; None for none."""
+    def at(self, module: str, part: CachePart) -> tuple[CachePlace, RoundedPart] | None:
+        """A part of an attention layer, and how it may be rounded; None where it is in no group."""
         for group in self.groups:
             for place in group.places:
                 if (place.module, place.part) == (module, part):
-                    return group.name, self._rounded(place)
+                    return place, self._rounded(place)
         return None
 
     def _rounded(self, place: CachePlace) -> RoundedPart:
@@ -170,7 +170,7 @@ def find_caches(stream: Stream, ids: Tensor, fmt: str) -> Caches:
     if CACHE_FORMATS[fmt].largest is None:
         groups = tuple(
             CacheGroup(
-                name=f"{place.module}.{place.part}",
+                name=place.name,
                 role=place.part,
                 block=None if stream.whole else stream.block_of(place.module),
                 places=(place,),

@@ -25,7 +25,7 @@ from lowprec.steps.stream import Stream, rounded_input
 from lowprec.transforms import keys_of
 
 Key = tuple[str, str, str]
-"""(group, "weight", "activation", "table" or "cache", format)."""
+"""(group, "weight", "activation" or "table", format), or (place, "cache", format)."""
 Row = dict[Key, Tensor]
 """The effects of one batch, [B] each."""
 Errors = Callable[[str, Sequence[str]], Tensor]
@@ -146,18 +146,18 @@ class Probe:
             return x
         # Weights need no gradient here, so the graph starts at what was computed from them alone.
         x = x if x.requires_grad else x.detach().requires_grad_()
-        group, rounded = cached
+        place, rounded = cached
         change = fake_quantize(x.detach(), rounded) - x.detach()
 
         def note(gradient: Tensor) -> None:
-            self._add(group, "cache", [rounded.format], (gradient * change).flatten(1).sum(1, keepdim=True))
+            self._add(place.name, "cache", [rounded.format], (gradient * change).flatten(1).sum(1, keepdim=True))
 
         x.register_hook(note)  # type: ignore[no-untyped-call]
         return x
 
-    def _add(self, group: str, kind: str, formats: Sequence[str], effects: Tensor) -> None:
+    def _add(self, name: str, kind: str, formats: Sequence[str], effects: Tensor) -> None:
         for i, fmt in enumerate(formats):
-            key = (group, kind, fmt)
+            key = (name, kind, fmt)
             self.row[key] = self.row[key] + effects[:, i] if key in self.row else effects[:, i]
 
     def take(self) -> Row:

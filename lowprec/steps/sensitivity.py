@@ -7,9 +7,9 @@ For a small change of a layer's output the Fisher information gives, per sequenc
 with y sampled from the model (Amari, Natural gradient works efficiently in learning, 1998, eq. 2). The square is taken
 of the whole sequence's sum: an error at one token reaches the tokens after it, and squaring per token underrates
 attention's layers several times. dW is the error that the solver really left, dx the rounding error of the layer's
-input, or of the keys or values that a cache stores, all summed over the layers of a group before they are squared.
-All schemes share one backward pass: a layer's gradient G[N, K] is formed once per sequence and multiplied with every
-scheme's error.
+input, both summed over the layers of a group before they are squared; or dx is that of the keys, or of the values, that
+a cache stores. All schemes share one backward pass: a layer's gradient G[N, K] is formed once per sequence and
+multiplied with every scheme's error.
 
 The pass goes through the blocks from the last to the first, recomputing each from the inputs that calibration kept, so
 that only one block's errors and gradients are ever held. A killed pass resumes at the block that was cut.
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ArtifactError
-from lowprec.records import Group, Scheme, SensitivityRow
+from lowprec.records import CacheGroup, Group, Scheme, SensitivityRow
 from lowprec.steps.caches import NO_CACHES, Caches
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.effects import Errors, Key, Probe, Row
@@ -46,9 +46,9 @@ from lowprec.transforms import Smoothed, keys_of
 class Effects:
     """First-order effects e of each rounding on the sampled log-likelihood, [sequences, columns].
 
-    `columns` names what each column is: (group, "weight", "activation", "table" or "cache", format), a format that is
-    smoothed being marked (`lowprec.transforms.keys_of`). `events` [sequences] is how many predictions each sequence
-    makes.
+    `columns` names what each column is: (group, "weight", "activation" or "table", format), a format that is smoothed
+    being marked (`lowprec.transforms.keys_of`), or (place, "cache", format). `events` [sequences] is how many
+    predictions each sequence makes.
     """
 
     columns: tuple[Key, ...]
@@ -83,9 +83,13 @@ class Effects:
         """
         return self._kl(self._parts(group, scheme))
 
-    def cache_kl(self, group: str, fmt: str) -> tuple[float, float]:
-        """The same of a group of the cache in the cache format `fmt`."""
-        return self._kl(self._values([(group, "cache", fmt)]))
+    def cache_kl(self, group: CacheGroup, fmt: str) -> tuple[float, float]:
+        """The same of a group of the cache in the cache format `fmt`.
+
+        Its places are squared apart, as groups are: one that spans the model would otherwise have nothing but cross
+        terms of layers that have nothing to do with each other.
+        """
+        return self._kl(self._values([(place.name, "cache", fmt) for place in group.places]))
 
     def _kl(self, parts: Sequence[Tensor]) -> tuple[float, float]:
         squares = sum(effect.square() for effect in parts) * 0.5 / self.events.double().mean()
@@ -190,13 +194,8 @@ def effects(
 
     def keep(rows: Sequence[Row]) -> None:
         for key in rows[0]:
-            found = torch.cat([row[key].cpu() for row in rows])
-            if key in columns:
-                # A group whose layers are in several blocks.
-                values[columns.index(key)] += found
-            else:
-                columns.append(key)
-                values.append(found)
+            columns.append(key)
+            values.append(torch.cat([row[key].cpu() for row in rows]))
 
     with stream.outer():
         entered = [stream.enter(batch) for batch in batches]
@@ -268,7 +267,7 @@ def rows_of(
                 )
             )
     for cached in caches.groups:
-        kl, stderr = found.cache_kl(cached.name, caches.format)
+        kl, stderr = found.cache_kl(cached, caches.format)
         table.append(
             SensitivityRow(
                 group=cached.name,
