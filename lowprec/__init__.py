@@ -13,7 +13,8 @@ groups, schemes, rounder and batches. A `Scratch` is a folder for hidden states;
 weighed.
 
 Precision at run time: a `Controller` moves between the rungs of a `Ladder` within a `LossBudget`; `study` replays
-arrivals through it, and `serve` serves the weights that `optimize(..., ladder=True)` made with it.
+arrivals through it, and `serve` serves the weights that `optimize(..., ladder=True)` made with it. `request_cache`
+makes the KV cache of a request, in 8 or 16 bits.
 
 Names are imported when they are first used, so that `import lowprec` costs nothing.
 """
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lowprec.report.progress import RunProgress
     from lowprec.results import Report
     from lowprec.runtime.controller import Controller, Objectives
+    from lowprec.runtime.kvcache import RequestCache, request_cache
     from lowprec.runtime.spending import LossBudget
     from lowprec.settings import Effort, Settings, effort_named
     from lowprec.simulate.study import study
@@ -106,6 +108,7 @@ _HOME = {
     "Priced": "pipeline.price:Priced",
     "Proved": "pipeline.prove:Proved",
     "Report": "results:Report",
+    "RequestCache": "runtime.kvcache:RequestCache",
     "Rounder": "steps.solve:Rounder",
     "RunFolder": "artifacts.folder:RunFolder",
     "RunProgress": "report.progress:RunProgress",
@@ -140,6 +143,7 @@ _HOME = {
     "price": "pipeline.price:price",
     "prove": "pipeline.prove:prove",
     "read_ladder": "ladder:read_ladder",
+    "request_cache": "runtime.kvcache:request_cache",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
     "serve": "live:serve",
@@ -183,6 +187,7 @@ __all__ = [
     "Priced",
     "Proved",
     "Report",
+    "RequestCache",
     "Rounder",
     "RunFolder",
     "RunProgress",
@@ -218,6 +223,7 @@ __all__ = [
     "price",
     "prove",
     "read_ladder",
+    "request_cache",
     "score",
     "sensitivity",
     "serve",

@@ -58,6 +58,7 @@ def optimize(
     heal: bool | None = None,
     embeddings: bool | None = None,
     ladder: bool = False,
+    kv_cache: str | None = None,
     schemes: Sequence[str] = (),
     data: Sequence[str | Path] = (),
     dollars_per_hour: float | None = None,
@@ -82,6 +83,7 @@ def optimize(
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
         ladder: whether rungs are made, too, between which one set of weights switches while it serves; `out`/nested has
             the weights then, `out`/ladder.json the rungs (`lowprec.serve`).
+        kv_cache: "8" or "fp8": what the KV cache may be kept in, where that pays; None leaves it as it is.
         schemes: families or names of schemes that may be chosen, none for what the target offers; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 
@@ -111,6 +113,7 @@ def optimize(
         heal=heal,
         embeddings=embeddings,
         ladder=ladder,
+        kv_cache=kv_cache,
         schemes=tuple(schemes),
         data=tuple(str(item) for item in data),
         dollars_per_hour=dollars_per_hour,

@@ -89,6 +89,10 @@ def calibrate(
             "nested/ and ladder.json in the run's folder."
         ),
     ] = False,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="What the KV cache may be kept in, too: 8 (INT8, layer by layer) or fp8 (all layers)."),
+    ] = None,
     schemes: Annotated[
         str, typer.Option(help="Families or schemes that may be chosen; left out: what the target offers.")
     ] = "",
@@ -129,6 +133,7 @@ def calibrate(
             heal=heal,
             embeddings=embeddings,
             ladder=ladder,
+            kv_cache=kv_cache,
             schemes=[name.strip() for name in schemes.split(",") if name.strip()],
             data=data or (),
             dollars_per_hour=dollars_per_hour,

@@ -24,6 +24,7 @@ ArtefactForm = Literal["compressed-tensors", "lowprec", "lowprec-layers", "onnxr
 see there."""
 OF_RUNTIMES: tuple[ArtefactForm, ...] = ("onnxruntime", "openvino")
 """What one runtime loads, through the target of the same name; made from an artefact of another form."""
+CachePart = Literal["keys", "values"]
 R = TypeVar("R")
 
 
@@ -36,7 +37,7 @@ class Scheme:
     """
 
     name: str
-    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3"]
+    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3", "kv8"]
     weight: str | None
     activation: str | None
 
@@ -63,6 +64,54 @@ class Group:
     def is_embedding(self) -> bool:
         """Whether its weight is only read from, never multiplied with."""
         return self.layers[0] in self.tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePlace:
+    """The keys, or the values, that one attention layer stores: for each token `heads` vectors of `width` numbers.
+
+    `module` is the attention's name in the model, `layer` its number in a cache of transformers.
+    """
+
+    module: str
+    layer: int
+    part: CachePart
+    heads: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in plans and tables."""
+        return f"{self.module}.{self.part}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """What is stored of tokens in one format; `block` is None where the places are not in one block."""
+
+    name: str
+    role: str
+    block: int | None
+    places: tuple[CachePlace, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedPart:
+    """The keys, or the values, of one attention layer in a cache format, with the scale of static ones."""
+
+    module: str
+    layer: int
+    part: CachePart
+    format: str
+    scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCache:
+    """What a model's cache was judged in: all that is rounded of it, layer by layer, keys before values."""
+
+    parts: tuple[RoundedPart, ...]
+    schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

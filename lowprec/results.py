@@ -46,7 +46,11 @@ class LossResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostResult:
-    """Cost of the workload before and after, in `unit` (us, bytes, or dollars per million output tokens)."""
+    """Cost of the workload before and after, in `unit` (us, bytes, or dollars per million output tokens).
+
+    `cache_bytes_*` are those of the KV cache when the workload's last token is made, where the plan could round it;
+    bytes as a cost then count them beside the weights.
+    """
 
     workload: Workload
     objective: Objective
@@ -65,6 +69,8 @@ class CostResult:
     decode_tokens_per_s_after: float | None
     prefill_tokens_per_s_before: float | None
     prefill_tokens_per_s_after: float | None
+    cache_bytes_before: int | None = None
+    cache_bytes_after: int | None = None
 
 
 REUSED = "The held-out data had been read by an earlier run on this folder: indicative only."

@@ -97,6 +97,7 @@ EFFORTS = {
 
 OBJECTIVES: tuple[Objective, ...] = ("time", "bytes", "dollars")
 DEVICES = ("cpu", "cuda")
+KV_CACHES = {"8": "kv8-int8", "int8": "kv8-int8", "fp8": "kv8-fp8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,11 @@ class Settings:
             are the objective. Such an artefact is in lowprec's own form.
         ladder: whether the run makes, after its plan, one set of weights of two levels and the rungs between which they
             switch while a model serves.
+        kv_cache: what the KV cache may be kept in: "8" or "int8" for INT8, each head of each token with a scale,
+            layers, keys and values by themselves; "fp8" for FP8 with calibrated scales in all layers at once, which
+            checkpoints can say; None to leave it as it is. It is off unless asked for, since it pays for few: what is
+            judged then is generation with such a cache, which our own runtime alone computes (and vLLM, for FP8), in
+            torch a step takes longer by what is decoded, and the bytes count where contexts are long or batches large.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -136,6 +142,7 @@ class Settings:
     heal: bool | None = None
     embeddings: bool | None = None
     ladder: bool = False
+    kv_cache: str | None = None
     seed: int = 0
     workers: int = 2
 
@@ -147,6 +154,12 @@ class Settings:
                 f"unknown calibration device {self.calibration_device!r}: {closest(self.calibration_device, DEVICES)}"
             )
         _require_device(self.calibration_device)
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise ConfigError(f"unknown KV cache {self.kv_cache!r}: {closest(self.kv_cache, list(KV_CACHES))}")
+        if self.kv_cache is not None and self.ladder:
+            raise ConfigError(
+                "rungs are measured with the KV cache as it is: give either a ladder or a KV cache format"
+            )
         if self.workers < 1:
             raise ConfigError(f"{self.workers} workers: give 1 or more")
         if self.seed < 0:
@@ -161,6 +174,11 @@ class Settings:
     def fuses(self) -> bool:
         """Whether layers that runtimes fuse share a scheme; nothing that reads embeddings in codes fuses any."""
         return not self.rounds_embeddings
+
+    @property
+    def cache_format(self) -> str | None:
+        """The cache format that keys and values may have, None for none."""
+        return None if self.kv_cache is None else KV_CACHES[self.kv_cache]
 
     @property
     def healing_passes(self) -> int:

@@ -11,8 +11,8 @@ renamed into it. One tensor at a time is in memory. Tied embeddings: when the he
 not, the two part (`tie_word_embeddings` false, the embedding stored as it is); otherwise the tie stays, stored once.
 
 Source: github.com/vllm-project/compressed-tensors (configuration classes, packing of codes into int32).
-Left out: Conv1D (see `ct_schemes.unsupported` and `own_form`), zero points (there, too), fused experts, sparsity,
-KV-cache schemes.
+Left out: Conv1D (see `ct_schemes.unsupported` and `own_form`), zero points (there, too), fused experts, sparsity. What
+can be said of a KV cache: see `stored_cache`.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ from lowprec.artifacts.ct_schemes import MIXED, PACKED, quantization_scheme, run
 from lowprec.artifacts.folder import explained, require_space, sync_folder, write_text
 from lowprec.artifacts.packed import code_shape, pack_codes
 from lowprec.artifacts.safetensors_io import TensorEntry, write_safetensors
+from lowprec.artifacts.stored_cache import cache_entries, cache_notes, cache_scheme
 from lowprec.errors import ArtifactError
 from lowprec.formats.base import SCALE_DTYPE, QuantizedWeight
-from lowprec.records import Scheme
+from lowprec.records import RoundedPart, Scheme
 
 SHARD_BYTES = 5_000_000_000
 DIGESTS = "digests.json"
@@ -88,6 +89,7 @@ def plan_artefact(
     input_scales: Mapping[str, float] | None = None,
     fused: Iterable[tuple[str, ...]] = (),
     dtype: torch.dtype = torch.bfloat16,
+    cache: Sequence[RoundedPart] = (),
 ) -> ArtefactPlan:
     """Checks that the parts make an artefact that transformers and vLLM accept, without writing anything.
 
@@ -99,6 +101,7 @@ def plan_artefact(
         input_scales: layer -> scale of its input, a bfloat16 value; for static schemes.
         fused: sets of layers that a runtime fuses, beyond those known by name.
         dtype: what everything that is not quantised is stored in.
+        cache: what is rounded of the KV cache.
 
     Raises:
         UnsupportedError: layers, schemes or shapes that the format or vLLM cannot hold, one reason each.
@@ -114,14 +117,15 @@ def plan_artefact(
         *_kept_entries(skeleton, tensors, quantized, dtype, untied),
         *(e for layer, scheme in quantized.items() for e in _layer_entries(layer, scheme, solved[layer])),
         *(_scale_entry(layer, scales[layer]) for layer in quantized if layer in scales),
+        *cache_entries(cache),
     ]
     head = any(layer == skeleton.head for layer in quantized)
     return ArtefactPlan(
         entries=tuple(sorted(entries, key=lambda e: e.name)),
         config=model_config(config, untied, dtype),
-        quantization=_quantization(quantized, [name for name in skeleton.linears if name not in quantized]),
+        quantization=_quantization(quantized, [name for name in skeleton.linears if name not in quantized], cache),
         untied=untied,
-        runtime_notes=runtime_notes(quantized.values(), head),
+        runtime_notes=(*runtime_notes(quantized.values(), head), *cache_notes(cache)),
     )
 
 
@@ -166,8 +170,11 @@ def _scale_entry(layer: str, scale: float) -> TensorEntry:
     )
 
 
-def _quantization(quantized: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-    if not quantized:
+def _quantization(
+    quantized: Mapping[str, Scheme], ignore: Sequence[str], cache: Sequence[RoundedPart]
+) -> dict[str, Any]:
+    said = cache_scheme(cache)
+    if not quantized and said is None:
         return {}
     targets: dict[str, list[str]] = {}
     for layer, scheme in quantized.items():
@@ -179,6 +186,7 @@ def _quantization(quantized: Mapping[str, Scheme], ignore: Sequence[str]) -> dic
         format=MIXED,
         quantization_status="compressed",
         ignore=sorted(ignore),
+        kv_cache_scheme=said,
     )
     plain: dict[str, Any] = config.model_dump(mode="json")
     return {**plain, "version": compressed_tensors.__version__}
@@ -220,6 +228,7 @@ def write_artefact(
     input_scales: Mapping[str, float] | None = None,
     fused: Iterable[tuple[str, ...]] = (),
     dtype: torch.dtype = torch.bfloat16,
+    cache: Sequence[RoundedPart] = (),
     shard_bytes: int = SHARD_BYTES,
     finish: Callable[[Path], None] | None = None,
 ) -> WrittenArtefact:
@@ -245,6 +254,7 @@ def write_artefact(
         input_scales=input_scales,
         fused=fused,
         dtype=dtype,
+        cache=cache,
     )
 
     def fill(folder: Path) -> int:

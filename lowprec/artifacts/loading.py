@@ -21,7 +21,6 @@ scored with, which are also those of vLLM's kernels; `activations="library"` lea
 
 import contextlib
 import dataclasses
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,13 +40,16 @@ from lowprec.artifacts.own_form import Manifest, form_of, kept_tensors, read_own
 from lowprec.artifacts.packed import unpack
 from lowprec.artifacts.safetensors_io import load_tensors, read_header
 from lowprec.artifacts.source import weights_digest
+from lowprec.artifacts.stored_cache import cache_entries, read_cache
 from lowprec.errors import ArtifactError, ConfigError, ModelError
 from lowprec.formats.base import ACTIVATION_FORMATS, QuantizedWeight
 from lowprec.formats.schemes import SCHEMES
-from lowprec.records import Scheme
+from lowprec.records import RoundedPart, Scheme
 from lowprec.registry import closest
 from lowprec.runtime import KernelTable, convert_
 from lowprec.runtime.convert import stored_weight, weight_of, weighted_modules
+from lowprec.runtime.kvcache import cache_argument as cache_argument
+from lowprec.runtime.kvcache import serve_cache
 
 Activations = Literal["planned", "library"]
 MARK = "lowprec_artefact"
@@ -148,12 +150,6 @@ def _patched(target: Any, name: str, value: Any) -> Iterator[None]:
         setattr(target, name, before)
 
 
-def cache_argument(model: nn.Module) -> str:
-    """What the forward of a causal model calls the KV cache that it takes."""
-    # transformers 5.24 renamed it.
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences the progress bars and the chatter of loading; errors still pass."""
@@ -185,7 +181,8 @@ def load_artefact(
         activations: who rounds them; see the module's docstring. lowprec's own form knows "planned" alone.
 
     Returns:
-        The model in eval mode, and the tokenizer or None when the folder has none.
+        The model in eval mode, and the tokenizer or None when the folder has none. Where the KV cache was judged in 8
+        bits, the model makes such a cache of its own accord; see `lowprec.runtime.kvcache.request_cache`.
 
     Raises:
         ArtifactError: missing or damaged files, tensors that the model does not take, or layers for a module of the
@@ -195,12 +192,14 @@ def load_artefact(
     path = Path(path)
     if not path.exists():
         recover(path)
+    cache = read_cache(path)
     with quiet():
         if form_of(path) == "compressed-tensors":
             schemes = schemes_of(path)
             _files_of(path)
-            model = _built(path, dtype)
-            _decompress(model, schemes if activations == "planned" else None)
+            planned = activations == "planned"
+            model = _built(path, dtype, said=() if planned else cache, unsaid=cache if planned else ())
+            _decompress(model, schemes if planned else None)
         elif activations == "planned":
             model = _load_own(path, dtype)
         else:
@@ -208,14 +207,26 @@ def load_artefact(
         tokenizer = None
         if (path / "tokenizer_config.json").exists():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if activations == "planned":
+        serve_cache(model, cache)
     return model.eval(), tokenizer
 
 
 def _built(
-    path: Path, dtype: torch.dtype, state: dict[str, Tensor] | None = None, absent: frozenset[str] = frozenset()
+    path: Path,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
+    absent: frozenset[str] = frozenset(),
+    said: tuple[RoundedPart, ...] = (),
+    unsaid: tuple[RoundedPart, ...] = (),
 ) -> Any:
-    """The model of the folder's configuration with its weights, or with those in `state`, which lacks `absent`."""
+    """The model of the folder's configuration with its weights, or with those in `state`, which lacks `absent`.
+
+    What the folder says of its KV cache is left to the library where it is `said`, and kept from it where `unsaid`.
+    """
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if unsaid and getattr(config, "quantization_config", None):
+        config.quantization_config.pop("kv_cache_scheme", None)
     model, info = architecture_of(config).from_pretrained(
         path if state is None else None,
         config=config,
@@ -225,6 +236,7 @@ def _built(
         output_loading_info=True,
     )
     info["missing_keys"] = set(info["missing_keys"]) - absent
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - {e.name for e in cache_entries((*said, *unsaid))}
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise ArtifactError(path, f"does not fit its model: {wrong}; write or copy the artefact again")
@@ -293,6 +305,7 @@ def apply_artefact(
         module.load_state_dict(kept_tensors(path, manifest), strict=False)
     if dtype is not None:
         module.to(dtype)
+    serve_cache(module, read_cache(path))
     return put_into(module, manifest, solved, runtime)
 
 

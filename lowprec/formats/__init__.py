@@ -2,8 +2,10 @@
 
 from lowprec.formats.base import (
     ACTIVATION_FORMATS,
+    CACHE_FORMATS,
     WEIGHT_FORMATS,
     ActivationFormat,
+    CacheFormat,
     QuantizedWeight,
     WeightFormat,
 )
@@ -19,9 +21,11 @@ from lowprec.formats.schemes import (
 
 __all__ = [
     "ACTIVATION_FORMATS",
+    "CACHE_FORMATS",
     "SCHEMES",
     "WEIGHT_FORMATS",
     "ActivationFormat",
+    "CacheFormat",
     "QuantizedWeight",
     "WeightFormat",
     "for_tables",

@@ -128,8 +128,38 @@ class ActivationFormat(Protocol):
         """[..., K] -> same shape and dtype, rounded to the grid; `scale` (scalar) is needed by static formats."""
 
 
+@runtime_checkable
+class CacheFormat(Protocol):
+    """What keys or values are stored in between the steps of a decoder. They come as [..., T, D]: T tokens of a head of
+    width D. A token is rounded when it is stored, once, and by itself: what it is decoded to depends neither on the
+    tokens beside it nor on when they came."""
+
+    @property
+    def name(self) -> str:
+        """Name that plans and files use."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def largest(self) -> float | None:
+        """Largest code, where calibration sets one scale for a layer's keys and one for its values; None where each
+        token's head has a scale of its own."""
+
+    def encode(self, x: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [..., T, D] -> codes [..., T, D] and scales [..., T, 1], None where `scale`, the calibrated one, is it."""
+
+    def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+        """The inverse but for the rounding, in `dtype`: what float32 gives, rounded once."""
+
+    def bytes_per_token(self, heads: int, width: int) -> float:
+        """Stored bytes of the keys, or of the values, of one token in a layer of `heads` heads, scales included."""
+
+
 WEIGHT_FORMATS: Registry[WeightFormat] = Registry("weight format", "lowprec.formats")
 ACTIVATION_FORMATS: Registry[ActivationFormat] = Registry("activation format", "lowprec.formats")
+CACHE_FORMATS: Registry[CacheFormat] = Registry("cache format", "lowprec.formats")
 
 
 def as_bfloat16(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from lowprec.formats.integer import TINY, token_scale
 LARGEST = 448.0
 
 
-def _to_grid(x: Tensor) -> Tensor:
+def to_grid(x: Tensor) -> Tensor:
+    """Nearest E4M3 value, as float32; saturates."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(torch.float32)
 
 
@@ -51,7 +52,7 @@ class Fp8Weight:
 
     def round(self, w: Tensor, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
         """Nearest E4M3 value, as float32."""
-        return _to_grid(w / scale)
+        return to_grid(w / scale)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """[N, K] codes and [N, 1] scales -> [N, K] float32."""
@@ -82,7 +83,7 @@ class Fp8Activation:
             raise ConfigError(f"{self.name} needs a calibrated scale; calibrate the layer first")
         scale = scale.clamp_min(TINY)
         # In float32 as the kernels: rounding to x's own dtype first would round twice.
-        return (_to_grid(x.to(torch.float32) / scale) * scale).to(x.dtype)
+        return (to_grid(x.to(torch.float32) / scale) * scale).to(x.dtype)
 
 
 WEIGHT_FORMATS.register("fp8", Fp8Weight())

@@ -6,13 +6,15 @@ INT4 with zero points. `w4a16-rows25` is for tables of a vocabulary alone: INT4 
 in INT8 (`lowprec.formats.rows`). `w4a8-block` and `w8a8-block` round inputs to INT8 block by block
 (`lowprec.formats.block`): the blocks of INT4 weights are their groups, those of INT8 weights are 128 long;
 `w4a8-block64` and `w8a8-block64` have blocks of 64, whatever the weights have. `w4a8-two-level` is INT4 that is INT8
-within each row (`lowprec.formats.two_level`).
+within each row (`lowprec.formats.two_level`). What keys and values of attention are stored in (`CacheFormat`) is a
+scheme to a plan as well, under the format's name; it has no weights and no inputs, and is for groups of caches alone.
 """
 
 from collections.abc import Iterable
+from typing import Final
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.formats.base import WEIGHT_FORMATS
+from lowprec.formats.base import CACHE_FORMATS, WEIGHT_FORMATS
 from lowprec.records import Scheme
 from lowprec.registry import closest
 
@@ -24,6 +26,7 @@ BLOCK = "-block"
 TOKEN = "int8-token"
 FIXED_BLOCK = 64
 TWO_LEVEL = "-two-level"
+CACHE_FAMILY: Final = "kv8"
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -70,10 +73,12 @@ SCHEMES: dict[str, Scheme] = _schemes()
 
 
 def scheme_named(name: str) -> Scheme:
-    """The scheme called `name`; ConfigError with a suggestion when there is none."""
-    if name not in SCHEMES:
-        raise ConfigError(f"unknown scheme {name!r}: {closest(name, list(SCHEMES))}")
-    return SCHEMES[name]
+    """The scheme called `name`, or that of a cache format; ConfigError with a suggestion when there is none."""
+    if name in SCHEMES:
+        return SCHEMES[name]
+    if name in CACHE_FORMATS:
+        return Scheme(name=name, family=CACHE_FAMILY, weight=None, activation=None)
+    raise ConfigError(f"unknown scheme {name!r}: {closest(name, list(SCHEMES))}")
 
 
 def schemes_of_family(family: str) -> list[Scheme]:

@@ -39,12 +39,14 @@ from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
+from lowprec.runtime.kvcache import leave_cache_
 from lowprec.version import __version__
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PLAN = "plan.json"
 EXPORTS = (MODEL, "openvino_model.xml")
 """Files that tell an export from an artefact."""
+UNROUNDED_CACHE = "the KV cache is not rounded to 8 bits, as it was when scored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +72,17 @@ class OnnxArtefact:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source:
-    """An artefact as it was loaded: in float32, inputs not rounded."""
+    """An artefact as it was loaded: in float32, neither inputs nor the KV cache rounded.
+
+    `notes` is what that leaves out beside inputs, for the notes of whatever is written of it.
+    """
 
     path: Path
     module: nn.Module
     tokenizer: Any
     schemes: Mapping[str, Scheme]
     origin: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def write_onnx(
@@ -142,10 +148,11 @@ def load_source(path: Path, module: nn.Module | None, inputs: Mapping[str, Tenso
     else:
         found, tokenizer = load_artefact(path)
     leave_inputs_(found)
+    notes = (UNROUNDED_CACHE,) if leave_cache_(found) else ()
     schemes = schemes_of(path) if manifest is None else {layer.name: layer.scheme for layer in manifest.layers}
     origin = _from_plan(path.parent / PLAN) if manifest is None else (manifest.model, manifest.revision)
     facts.update(zip(("model", "source_revision"), origin, strict=False))
-    return Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts)
+    return Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts, notes=notes)
 
 
 def _digest(path: Path) -> dict[str, str]:
@@ -224,7 +231,7 @@ def _fill(
 ) -> OnnxArtefact:
     formed = form(graph_of(source.module, inputs), source)
     graph, file = formed.graph, folder / MODEL
-    graph.model.metadata_props.update(metadata_of(source, graph.kind, formed.notes))
+    graph.model.metadata_props.update(metadata_of(source, graph.kind, (*formed.notes, *source.notes)))
     if formed.positions is not None:
         graph.model.metadata_props["lowprec.positions"] = str(formed.positions)
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
@@ -246,7 +253,7 @@ def _fill(
         layers=formed.layers,
         bytes=sum((folder / name).stat().st_size for name in files),
         largest_error=error,
-        notes=formed.notes,
+        notes=(*formed.notes, *source.notes),
         digest=digest(*(written[name] for name in files)),
     )
 

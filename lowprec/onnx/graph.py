@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lowprec.artifacts.ct_checks import makes_logits
-from lowprec.artifacts.loading import cache_argument, quiet
+from lowprec.artifacts.loading import quiet
 from lowprec.errors import ConfigError, LowprecError, UnsupportedError
+from lowprec.runtime.kvcache import cache_argument
 
 OPSET = 21
 # What is traced must be general: nothing of size 0 or 1, no two sizes alike, and padding in the mask.

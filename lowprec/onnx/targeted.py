@@ -73,7 +73,7 @@ def write_for(
     def fill(folder: Path) -> OnnxArtefact:
         graph = graph_of(loaded.module, inputs)
         written = make(graph, loaded, folder / MODEL)
-        notes = (*written.notes, verified)
+        notes = (*written.notes, *loaded.notes, verified)
         facts = metadata_of(loaded, graph.kind, notes)
         facts |= {"lowprec.target": target, "lowprec.form": form, "lowprec.verified": verified}
         if written.deviation is not None:

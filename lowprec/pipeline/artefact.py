@@ -20,6 +20,7 @@ from lowprec.artifacts.digests import write_digests
 from lowprec.artifacts.loading import apply_artefact, load_artefact, read_back
 from lowprec.artifacts.own_form import form_of, write_own_form
 from lowprec.artifacts.probe import make_probe, save_probe
+from lowprec.artifacts.stored_cache import cache_notes, write_cache
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.pipeline.choose import Chosen
@@ -151,6 +152,7 @@ def _checkpoint_parts(chosen: Chosen) -> dict[str, Any]:
         "tensors": model.tensors(),
         "fused": [g.layers for g in chosen.prepared.groups if len(g.layers) > 1],
         "dtype": model.dtype,
+        "cache": chosen.cache,
     }
 
 
@@ -171,7 +173,8 @@ def _own_form(chosen: Chosen, path: Path, error: UnsupportedError, parts: Mappin
         dtype=None if model.original is None else model.dtype,
         **parts,
     )
-    return dataclasses.replace(written, runtime_notes=(f"no compressed-tensors checkpoint: {reason}",))
+    notes = (f"no compressed-tensors checkpoint: {reason}", *cache_notes(chosen.cache))
+    return dataclasses.replace(written, runtime_notes=notes)
 
 
 def _load(chosen: Chosen, artefact: Artefact) -> Stream:
@@ -256,7 +259,8 @@ def bytes_unrounded(chosen: Chosen) -> int:
 
 def shares(chosen: Chosen) -> tuple[SchemeShare, ...]:
     """Groups and parameters of each scheme."""
-    parameters = {g.name: g.parameters for g in chosen.prepared.groups}
+    # Caches have none.
+    parameters = dict.fromkeys(chosen.prepared.names, 0) | {g.name: g.parameters for g in chosen.prepared.groups}
     found: dict[str, list[int]] = {}
     for group, scheme in chosen.plan.groups:
         found.setdefault(scheme, []).append(parameters[group])
@@ -275,12 +279,13 @@ def finish(
     *,
     levels: bool = False,
 ) -> None:
-    """Adds probe set, card and digests to an artefact; again with the verdict, once there is one.
+    """Adds probe set, card, digests, and what is rounded of the KV cache; again with the verdict, once there is one.
 
     `levels` says that it gets a second plane (`lowprec.artifacts.nested`).
     """
     prepared = chosen.prepared
     model = prepared.context.model
+    write_cache(folder, chosen.cache)
     if model.kind == "decoder" and not (folder / "probe.safetensors").exists():
         windows = [ids[:PROBE_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROBE_TOKENS]
         if windows:

@@ -12,7 +12,7 @@ from lowprec.pipeline.mixes import PLAIN, Mixes, lower_level
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.price import Priced
 from lowprec.pipeline.score import Scored
-from lowprec.records import PrecisionPlan, Scheme, digest
+from lowprec.records import PrecisionPlan, RoundedPart, Scheme, digest
 from lowprec.settings import Effort
 from lowprec.steps.allocate import Option
 from lowprec.steps.cost import in_unit
@@ -66,7 +66,15 @@ class Chosen:
     def overlay(self) -> Overlay:
         """What the scored model computes with, the plan's scales being merged into it."""
         calibration = replace(self.scored.calibration, smoothed=())
-        return overlay_of(self.prepared.groups, self.schemes, self.solved, calibration)
+        return {
+            **overlay_of(self.prepared.groups, self.schemes, self.solved, calibration),
+            **self.prepared.caches.overlay(self.plan.scheme_of()),
+        }
+
+    @property
+    def cache(self) -> tuple[RoundedPart, ...]:
+        """What the plan rounds of the KV cache."""
+        return self.prepared.caches.parts(self.plan.scheme_of())
 
 
 def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
@@ -98,7 +106,7 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
     prepared = scored.prepared
-    inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved)}
+    inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved, prepared.caches.parts(plan.scheme_of()))}
     _keep(prepared, solved, inputs)
     return Chosen(
         scored=scored, priced=priced, verified=verified, plan=plan, merges=merges, solved=solved, solved_inputs=inputs
@@ -197,9 +205,11 @@ def _keep(prepared: Prepared, solved: Mapping[str, QuantizedWeight], inputs: Map
             step.report(done + 1, len(quantised))
 
 
-def _codes_digest(solved: Mapping[str, QuantizedWeight]) -> str:
-    """Digest of all codes and scales: two roundings of one plan are two artefacts."""
-    parts: list[bytes] = []
+def _codes_digest(solved: Mapping[str, QuantizedWeight], cache: tuple[RoundedPart, ...]) -> str:
+    """Digest of all codes and scales, and of what is rounded of the KV cache: two roundings of one plan are two
+    artefacts.
+    """
+    parts = [repr(cache).encode()] if cache else []
     for layer, weight in sorted(solved.items()):
         parts += [
             layer.encode(),

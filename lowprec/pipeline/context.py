@@ -10,7 +10,7 @@ from lowprec.report.progress import RunProgress
 from lowprec.settings import Settings, parse_budget
 from lowprec.steps.load import Model
 from lowprec.steps.metrics import Metric, metric_of, text_growth
-from lowprec.targets import RuntimeTarget, Target, target_for
+from lowprec.targets import CacheTarget, RuntimeTarget, Target, target_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +56,8 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
 
     Raises:
         ConfigError: a metric that this model does not have.
-        UnsupportedError: a target or device that cannot be planned for, or a model that the target cannot hold.
+        UnsupportedError: a target or device that cannot be planned for, a model that the target cannot hold, or a KV
+            cache that it cannot keep.
     """
     made = Context(
         model=model,
@@ -74,4 +75,16 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
                 "lowprec.export_onnx",
             ),
         )
+    if (fmt := settings.cache_format) is not None:
+        _require_cache(made.target, fmt)
     return made
+
+
+def _require_cache(target: Target, fmt: str) -> None:
+    if not isinstance(target, CacheTarget):
+        raise UnsupportedError(
+            f"target {target.name} keeps its KV cache in a form of its own",
+            ("leave --kv-cache out, or plan for --target torch or a device to be modelled",),
+        )
+    if (reason := target.keeps(fmt)) is not None:
+        raise UnsupportedError(f"{target.name} cannot keep a KV cache in {fmt}", (reason, "give --kv-cache 8"))

@@ -28,7 +28,6 @@ from lowprec.ladder import Ladder, Rung
 from lowprec.pipeline.choose import Chosen
 from lowprec.pipeline.context import Context
 from lowprec.pipeline.levels import ROWS, SLOTS, Levels, group_us, levels_of, planes
-from lowprec.steps.memory import give_back_memory
 from lowprec.pipeline.mixes import nestable
 from lowprec.pipeline.parity import forwarded, kl_between, outputs_of
 from lowprec.pipeline.prepare import Prepared, example
@@ -40,6 +39,7 @@ from lowprec.steps.judge import Bounds, ratio_bounds
 from lowprec.steps.ladder import climb, level_options, names, steps_only
 from lowprec.steps.linear import weight_of
 from lowprec.steps.measure import Run, compare, compare_tokens, paired, run_through
+from lowprec.steps.memory import give_back_memory
 from lowprec.steps.scores import unit_sums
 from lowprec.steps.stream import Overlay, Override, Stream
 from lowprec.steps.tokens import Batched, batched

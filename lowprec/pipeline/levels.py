@@ -16,9 +16,9 @@ from lowprec.formats import scheme_named
 from lowprec.formats.nested import LEVEL_NAMES, NestedWeight
 from lowprec.pipeline.artefact import finish, write
 from lowprec.pipeline.choose import Chosen, solver_of
-from lowprec.steps.memory import give_back_memory
 from lowprec.pipeline.mixes import Mixes, lower_level
 from lowprec.records import CostSample, Group, digest
+from lowprec.steps.memory import give_back_memory
 from lowprec.steps.nest import nest
 from lowprec.steps.scratch import Scratch
 from lowprec.targets.passes import level_name, time_levels

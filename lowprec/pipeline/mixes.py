@@ -175,7 +175,8 @@ class Mixes:
     ) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding; forgets what only others needed than those `beside` it."""
         solved = self._rounded(schemes, self.rounding_of(schemes))
-        folder, kept = self._prepared.context.folder, {_name_of(mix) for mix in (schemes, *beside)}
+        folder = self._prepared.context.folder
+        kept = {_name_of(self._of_weights(mix)) for mix in (schemes, *beside)}
         # Also those of earlier budgets, whose measurements on another text are not known any more.
         others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] not in kept]
         folder.forget_solved(others)
@@ -215,7 +216,10 @@ class Mixes:
             overlay: Overlay = self._scored.overlay(schemes)
         else:
             solved = self._rounded(schemes, rounding, start)
-            overlay = overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration)
+            overlay = {
+                **overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration),
+                **prepared.caches.overlay(schemes),
+            }
         return MeasuredMix(mix=_name_of(schemes), rounding=rounding, measured=self._tuning.measure(overlay))
 
     def _rounded(
@@ -233,7 +237,7 @@ class Mixes:
 
     def _compensated(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         prepared, context = self._prepared, self._prepared.context
-        mix = _name_of(schemes)
+        mix = _name_of(self._of_weights(schemes))
         inputs = {**self._inputs, "mix": mix}
         compensation = Compensation(
             **self._fitted(schemes),
@@ -285,7 +289,7 @@ class Mixes:
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
         """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
         context, groups = self._prepared.context, self._prepared.groups
-        mix = _name_of(schemes)
+        mix = _name_of(self._of_weights(schemes))
         inputs = {**self._inputs, "mix": mix}
         quantised = [g for g in groups if scheme_named(schemes[g.name]).weight]
         kept = [context.folder.read_solved(f"{g.name}@{HEALED}{mix}", inputs) for g in quantised]
@@ -299,6 +303,10 @@ class Mixes:
             weights = {layer: healed[layer] for layer in g.layers}
             context.folder.write_solved(f"{g.name}@{HEALED}{mix}", weights, inputs)
         return healed
+
+    def _of_weights(self, schemes: Mapping[str, str]) -> dict[str, str]:
+        """Without the groups of the KV cache, which no rounding of weights looks at."""
+        return {group.name: schemes[group.name] for group in self._prepared.groups}
 
     def _fitted(self, schemes: Mapping[str, str]) -> dict[str, Any]:
         """What compensating and healing both are given."""

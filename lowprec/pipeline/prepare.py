@@ -3,17 +3,18 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lowprec.artifacts.own_form import is_whole
 from lowprec.errors import ConfigError, DataError
-from lowprec.formats import schemes_named
+from lowprec.formats import CACHE_FORMATS, scheme_named, schemes_named
 from lowprec.pipeline.context import Context
 from lowprec.records import Group, Scheme, digest
 from lowprec.results import StruckOut, Unquantised
 from lowprec.settings import Effort
+from lowprec.steps.caches import NO_CACHES, Caches, find_caches, ranges, scales_of
 from lowprec.steps.cost import candidates
 from lowprec.steps.data import Splits, SplitSizes, split
 from lowprec.steps.frequency import token_frequency
@@ -41,6 +42,7 @@ class Prepared:
     Attributes:
         stream: the model in blocks.
         groups, unquantised: what may be quantised, and what stays as it is.
+        caches: the groups of the KV cache; none where it stays as it is.
         widths: group -> output width of each of its layers.
         allowed, struck_out: group -> schemes that the target runs, bf16 first; and those that it does not.
         gathered, probed: the two halves of the calibration text: for Hessians, for the sensitivity.
@@ -56,6 +58,7 @@ class Prepared:
     stream: Stream
     groups: tuple[Group, ...]
     unquantised: tuple[Unquantised, ...]
+    caches: Caches
     widths: Mapping[str, tuple[int, ...]]
     allowed: Mapping[str, tuple[Scheme, ...]]
     struck_out: tuple[StruckOut, ...]
@@ -91,7 +94,7 @@ class Prepared:
     @property
     def names(self) -> list[str]:
         """The groups' names, as the model runs."""
-        return [group.name for group in self.groups]
+        return [*(group.name for group in self.groups), *self.caches.names]
 
     @property
     def calibration_batches(self) -> list[Batch]:
@@ -133,12 +136,17 @@ def prepare(context: Context) -> Prepared:
         widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}
         offered = schemes_named(settings.schemes or context.target.schemes)
         allowed, struck_out = candidates(groups, widths, offered, context.target)
+        caches = _caches(context, stream, splits)
+        allowed |= {name: (scheme_named("bf16"), scheme_named(caches.format)) for name in caches.names}
     gathered, probed = _halves(splits.calibration, settings.effort)
     tuning, held_out = context.metric.sets(splits)
     inputs = _inputs(context, splits, allowed)
     smoothed = _smoothed(context, stream, groups, allowed, gathered.data, inputs)
     if smoothed:
         inputs["smoothed"] = digest(repr(smoothed))
+    if caches.groups:
+        caches = _scaled(context, stream, caches, gathered.data, inputs)
+        inputs["cache"] = digest(repr(caches))
     metric_key = _metric_key(context, splits, tuning)
     _require_sight(context, stream, batched(tuning), {"model": inputs["model"], "metric": metric_key})
     return Prepared(
@@ -147,6 +155,7 @@ def prepare(context: Context) -> Prepared:
         stream=stream,
         groups=groups,
         unquantised=unquantised,
+        caches=caches,
         widths=widths,
         allowed=allowed,
         struck_out=struck_out,
@@ -189,6 +198,30 @@ def _smoothed(
             batches = data.subset(SMOOTHED_TOKENS).batches(STATISTICS_BATCH_TOKENS)
             found = smooth(stream, groups, quantising(allowed), batches, _few(data), step.report)
         context.folder.write_step("transform", found, inputs)
+    return found
+
+
+def _caches(context: Context, stream: Stream, splits: Splits) -> Caches:
+    """The groups of the KV cache, if it may be rounded."""
+    if (fmt := context.settings.cache_format) is None:
+        return NO_CACHES
+    found = find_caches(stream, example(splits).ids, fmt)
+    if found.left:
+        more = f" (and {len(found.left) - 1} more)" if len(found.left) > 1 else ""
+        context.progress.note(f"part of the KV cache stays as it is: {found.left[0]}{more}")
+    return found
+
+
+def _scaled(context: Context, stream: Stream, caches: Caches, data: TokenSet, inputs: Mapping[str, str]) -> Caches:
+    """With the scales of a static format, from as much text as smoothing looks at."""
+    if CACHE_FORMATS[caches.format].largest is None:
+        return caches
+    found: Caches | None = context.folder.read_step("cache", inputs, Caches)
+    if found is None:
+        with context.progress.step("cache"):
+            batches = data.subset(SMOOTHED_TOKENS).batches(STATISTICS_BATCH_TOKENS)
+            found = replace(caches, scales=scales_of(ranges(stream, caches.groups, batches), caches.format))
+        context.folder.write_step("cache", found, inputs)
     return found
 
 

@@ -8,12 +8,13 @@ from torch import nn
 
 from lowprec.pipeline.prepare import Prepared
 from lowprec.records import CostSample
-from lowprec.steps.cost import GroupCost, group_costs, time_shapes
+from lowprec.steps.cost import GroupCost, cache_costs, group_costs, time_caches, time_shapes
+from lowprec.targets import CacheTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Priced:
-    """The timed (or modelled) shapes, and the groups' sums: (group, scheme) -> cost."""
+    """The timed (or modelled) shapes, and the groups' sums: (group, scheme) -> cost; those of the KV cache included."""
 
     samples: tuple[CostSample, ...]
     costs: Mapping[tuple[str, str], GroupCost]
@@ -50,7 +51,22 @@ def price(prepared: Prepared) -> Priced:
         tied_groups(prepared),
         own_bytes,
     )
-    return Priced(samples=samples, costs=costs)
+    return Priced(samples=samples, costs={**costs, **_cached(prepared, inputs)})
+
+
+def _cached(prepared: Prepared, inputs: Mapping[str, str]) -> dict[tuple[str, str], GroupCost]:
+    """The costs of the cache's groups; their times are kept apart from those that kernels are chosen by."""
+    context, caches = prepared.context, prepared.caches
+    if not caches.groups:
+        return {}
+    target, workload = context.target, context.settings.workload
+    assert isinstance(target, CacheTarget)
+    inputs = {**inputs, "cache": prepared.inputs["cache"]}
+    samples: tuple[CostSample, ...] | None = context.folder.read_step("cost-cache", inputs, tuple[CostSample, ...])
+    if samples is None:
+        samples = tuple(time_caches(caches, workload, target))
+        context.folder.write_step("cost-cache", samples, inputs)
+    return cache_costs(caches, workload, samples, context.model.dtype.itemsize)
 
 
 def tied_groups(prepared: Prepared) -> list[str]:

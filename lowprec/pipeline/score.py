@@ -38,7 +38,7 @@ class Scored:
         """What the model computes with in a mix (group -> scheme; groups left out stay as they are)."""
         prepared = self.prepared
         named = {name: scheme_named(schemes.get(name, "bf16")) for name in prepared.names}
-        return prepared.rounder.overlay(named, self.calibration)
+        return {**prepared.rounder.overlay(named, self.calibration), **prepared.caches.overlay(schemes)}
 
     def with_budget(self, budget: Budget | str | float) -> "Scored":
         """The same scores, to choose a mix for another limit from ("2%", 0.02 or a `Budget` of the same metric).
@@ -106,8 +106,9 @@ def _sensitivity(prepared: Prepared, calibration: Calibration, scratch: Scratch)
             scratch,
             context.settings.seed,
             step.report,
+            prepared.caches,
         )
-    rows = rows_of(found, prepared.groups, prepared.schemes, prepared.rounder.solver_of)
+    rows = rows_of(found, prepared.groups, prepared.schemes, prepared.rounder.solver_of, prepared.caches)
     context.folder.write_step("sensitivity", rows, prepared.inputs)
     return rows
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lowprec.artifacts.stored_cache import read_cache
 from lowprec.formats import QuantizedWeight, scheme_named
 from lowprec.pipeline.artefact import Artefact, input_scales, tables_of
 from lowprec.pipeline.choose import Chosen
@@ -21,6 +22,7 @@ from lowprec.pipeline.deploy import deployed_path, loaded_by
 from lowprec.records import Scheme
 from lowprec.runtime.convert import convert_
 from lowprec.runtime.dispatch import KernelTable
+from lowprec.runtime.kvcache import serving_cache
 from lowprec.steps.memory import give_back_memory
 from lowprec.targets import RuntimeTarget
 
@@ -42,8 +44,16 @@ def optimised(
     """The model with the plan's layers; `served` is the one that a runtime with files has loaded already, if it has."""
     runtime = chosen.prepared.context.runtime
     if runtime is None:
-        return converted(chosen, artefact.solved, chosen.scheme_of_layer)
+        return _with_cache(chosen, artefact)
     return contextlib.nullcontext(served or loaded_by(chosen, runtime, deployed_path(chosen, runtime)))
+
+
+@contextlib.contextmanager
+def _with_cache(chosen: Chosen, artefact: Artefact) -> Iterator[nn.Module]:
+    """Our kernels on the codes, and the KV cache as the artefact on disk says."""
+    kernels = converted(chosen, artefact.solved, chosen.scheme_of_layer)
+    with kernels as module, serving_cache(module, read_cache(artefact.path)):
+        yield module
 
 
 @contextlib.contextmanager

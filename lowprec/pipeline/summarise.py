@@ -30,7 +30,7 @@ from lowprec.pipeline.prove import Proved
 from lowprec.pipeline.serve import baseline, optimised
 from lowprec.records import ArtefactForm, Group, Scheme, Workload
 from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, Report
-from lowprec.steps.allocate import allocate
+from lowprec.steps.allocate import Allocation, allocate
 from lowprec.steps.check import agreement
 from lowprec.steps.cost import GroupCost, in_unit, stored_bytes
 from lowprec.steps.memory import peak_memory_bytes
@@ -112,10 +112,12 @@ class Accounts:
         here = context.target.origin == "measured" and context.model.kind == "decoder"
         speeds = self._speeds(artefact) if here else None
         whole, left = bytes_before(chosen), artefact.loaded_bytes
+        cache_before, cache_after = self._cache_bytes()
         measured = None if speeds is None else _reduction(speeds, settings.workload)
         if settings.objective == "bytes":
             # The original's, which may tie what a turned model cannot.
-            before, measured = float(whole), 1.0 - left / whole
+            before = float(whole) + (cache_before or 0)
+            measured = 1.0 - (left + (cache_after or 0)) / before
         (prefill_before, decode_before), (prefill_after, decode_after) = speeds or ((None, None), (None, None))
         return CostResult(
             workload=settings.workload,
@@ -135,7 +137,20 @@ class Accounts:
             decode_tokens_per_s_before=decode_before,
             prefill_tokens_per_s_after=prefill_after,
             decode_tokens_per_s_after=decode_after,
+            cache_bytes_before=cache_before,
+            cache_bytes_after=cache_after,
         )
+
+    def _cache_bytes(self) -> tuple[int | None, int | None]:
+        """Of the KV cache's groups, as they were and as the plan has them; None where there are none."""
+        costs, caches = self.chosen.priced.costs, self.chosen.prepared.caches.names
+
+        def bytes_in(schemes: Mapping[str, str]) -> int:
+            return round(sum(costs[name, schemes[name]].bytes for name in caches))
+
+        if not caches:
+            return None, None
+        return bytes_in(dict.fromkeys(caches, "bf16")), bytes_in(self.chosen.plan.scheme_of())
 
     def total(self, allocated: float) -> float:
         """An allocation's cost with what no allocation changes, as the report shows it."""
@@ -150,7 +165,7 @@ class Accounts:
         if self.chosen.prepared.context.settings.objective != "bytes":
             return 0.0
         costs = self.chosen.priced.costs
-        return bytes_unrounded(self.chosen) - sum(costs[name, "bf16"].bytes for name in self.chosen.prepared.names)
+        return bytes_unrounded(self.chosen) - sum(costs[name, "bf16"].bytes for name in self._groups)
 
     def _scale(self) -> float:
         """What one unit of the allocation's cost is in the report: dollars for a microsecond, else itself."""
@@ -162,9 +177,9 @@ class Accounts:
 
     def _bits(self, schemes: Mapping[str, Scheme]) -> float:
         """Stored bits per parameter of all groups, scales included; embeddings count where they may be rounded."""
-        context, groups = self.chosen.prepared.context, self._groups
+        context = self.chosen.prepared.context
         own = context.target.dense_bytes(context.model.dtype.itemsize)
-        return 8.0 * sum(stored_bytes(groups[name], s, own) for name, s in schemes.items()) / self._parameters
+        return 8.0 * sum(stored_bytes(g, schemes[name], own) for name, g in self._groups.items()) / self._parameters
 
     def _speeds(self, artefact: Artefact) -> tuple[tuple[float, float], tuple[float, float]]:
         context = self.chosen.prepared.context
@@ -190,8 +205,8 @@ class Accounts:
                     predicted_loss=shown(metric, curve.loss(mix.loss)),
                     cost=self.total(mix.cost),
                     effective_bits=self._bits({name: scheme_named(s) for name, s in mix.schemes}),
-                    bytes=bytes_unrounded(chosen) - round(sum(saved(chosen, *choice) for choice in mix.schemes)),
-                    scheme_shares=self._scheme_shares(mix.schemes),
+                    bytes=bytes_unrounded(chosen) - round(sum(saved(chosen, *choice) for choice in self._weights(mix))),
+                    scheme_shares=self._scheme_shares(self._weights(mix)),
                 )
             )
         return tuple(points)
@@ -203,15 +218,20 @@ class Accounts:
             found[scheme] = found.get(scheme, 0.0) + groups[name].parameters / self._parameters
         return tuple(sorted(found.items()))
 
+    def _weights(self, mix: Allocation) -> list[tuple[str, str]]:
+        """The (group, scheme) of a mix without those of the KV cache."""
+        return [choice for choice in mix.schemes if choice[0] in self._groups]
+
     def choice(self, name: str, scheme: str) -> GroupChoice:
         """One group's row of the report."""
-        group = self._groups[name]
+        cached = {group.name: group for group in self.chosen.prepared.caches.groups}
+        group = self._groups.get(name) or cached[name]
         return GroupChoice(
             group=name,
             block=group.block,
             role=group.role,
             scheme=scheme,
-            parameters=group.parameters,
+            parameters=group.parameters if isinstance(group, Group) else 0,
             predicted_kl_nats=self.chosen.scored.predicted.get((name, scheme), 0.0),
             cost=self._unit(self.chosen.priced.costs[name, scheme]),
         )

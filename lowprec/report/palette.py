@@ -46,6 +46,8 @@ _FILLS = {
     "w4a8-fp8-g128": ("#a89d10", DARK_INK, "4"),
     "w4a8-fp8-g64": ("#e4d83a", DARK_INK, "4"),
     "w4a8-fp8-g32": ("#f4efa0", DARK_INK, "4"),
+    "kv8-int8": ("#9ad4f5", DARK_INK, "K8"),
+    "kv8-fp8": ("#7fd8bd", DARK_INK, "KF"),
     "w3a16": ("#6a4fb3", LIGHT_INK, "3"),
     "w3a16-g128": ("#3f2a85", LIGHT_INK, "3"),
     "w3a16-g64": ("#6a4fb3", LIGHT_INK, "3"),

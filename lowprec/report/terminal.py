@@ -64,6 +64,10 @@ def _rows(report: Report) -> Iterable[tuple[str, str]]:
     saved = numbers.reduction(cost.weight_bytes_before, cost.weight_bytes_after)
     sizes = f"{numbers.byte_size(cost.weight_bytes_before)} → {numbers.byte_size(cost.weight_bytes_after)}"
     yield "weights", f"{sizes} ({saved}), {cost.effective_bits:.2f} bits per linear parameter"
+    if cost.cache_bytes_before is not None and cost.cache_bytes_after is not None:
+        saved = numbers.reduction(cost.cache_bytes_before, cost.cache_bytes_after)
+        sizes = f"{numbers.byte_size(cost.cache_bytes_before)} → {numbers.byte_size(cost.cache_bytes_after)}"
+        yield "KV cache", f"{sizes} ({saved}) of the whole workload"
     yield "parity", _parity(report)
     yield "prediction", _prediction(report)
     if report.ladder is not None:

@@ -1,7 +1,7 @@
 """What every (group, scheme) costs on the target, for the workload and in the objective's unit.
 
     time     us per request batch: prefill once at M = batch x prompt, decode `output_tokens` times at M = batch
-    bytes    stored bytes, scales included
+    bytes    stored bytes, scales included; of the KV cache those of all of the workload's tokens
     dollars  the time, at the device's price per hour
 
 A head outside the blocks computes one position per sequence in prefill, as generation does. A tied head that stays
@@ -17,8 +17,9 @@ from lowprec.errors import UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
 from lowprec.records import CostSample, Group, Objective, Scheme, Workload
 from lowprec.results import StruckOut
+from lowprec.steps.caches import Caches, cache_bytes
 from lowprec.steps.calibrate import Progress
-from lowprec.targets import Target
+from lowprec.targets import CacheTarget, Target
 
 Widths = Mapping[str, tuple[int, ...]]
 """Group -> output width of each of its layers."""
@@ -130,6 +131,46 @@ def group_costs(
             )
             size = 0.0 if scheme.weight is None and group.name in tied else stored_bytes(group, scheme, own_bytes)
             costs[group.name, scheme.name] = GroupCost(group=group.name, scheme=scheme.name, us=us, bytes=size)
+    return costs
+
+
+Held = tuple[int, int]
+"""(tokens that are stored at a time, tokens that are there before)."""
+
+
+def _held(workload: Workload) -> tuple[Held, Held]:
+    """Of prefill, and of the middle step of decoding."""
+    return (workload.prompt_tokens, 0), (1, workload.prompt_tokens + workload.output_tokens // 2)
+
+
+def time_caches(caches: Caches, workload: Workload, target: CacheTarget) -> list[CostSample]:
+    """Times what storing and handing out takes, in prefill and in decode, for every distinct size of a layer's part."""
+    sizes = dict.fromkeys((place.heads, place.width) for group in caches.groups for place in group.places)
+    formats = (None, caches.format)
+    return [
+        sample
+        for heads, width in sizes
+        for added, held in _held(workload)
+        for sample in target.time_cache(heads, width, formats, workload.batch, added, held)
+    ]
+
+
+def cache_costs(
+    caches: Caches, workload: Workload, samples: Sequence[CostSample], own_bytes: int = 2
+) -> dict[tuple[str, str], GroupCost]:
+    """(group of the cache, scheme) -> cost; `own_bytes` of a number that is not rounded."""
+    time = {(s.scheme, s.k, s.n, s.m): s.p50_us for s in samples}
+    (prompt, _), (step, held) = _held(workload)
+    costs = {}
+    for group in caches.groups:
+        for scheme in ("bf16", caches.format):
+            us = sum(
+                time[scheme, p.heads * p.width, prompt, workload.batch * prompt]
+                + workload.output_tokens * time[scheme, p.heads * p.width, held + step, workload.batch * step]
+                for p in group.places
+            )
+            size = cache_bytes(group.places, None if scheme == "bf16" else scheme, workload, own_bytes)
+            costs[group.name, scheme] = GroupCost(group=group.name, scheme=scheme, us=us, bytes=size)
     return costs
 
 

@@ -3,6 +3,7 @@
     weight      <dW, g^T x>              dW the error that the solver has left, g the gradient of the layer's output
     activation  <dx, gradient of x>      dx the rounding error of the layer's input
     table       sum over t of <dW[id_t], gradient of what was read at t>
+    cache       <dk, gradient of k>      dk the rounding error of the keys, after rotary embedding, or of the values
 
 each per sequence of a batch, summed over the layers of a group; `lowprec.steps.sensitivity` squares them.
 """
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.formats import ACTIVATION_FORMATS
-from lowprec.records import Group, Scheme
+from lowprec.records import CachePart, Group, Scheme
+from lowprec.runtime.kvcache import PARTS, fake_quantize, tap_cache
 from lowprec.runtime.table import read_as
+from lowprec.steps.caches import Caches
 from lowprec.steps.calibrate import Calibration
 from lowprec.steps.stream import Stream, rounded_input
 from lowprec.transforms import keys_of
 
 Key = tuple[str, str, str]
-"""(group, "weight", "activation" or "table", format)."""
+"""(group, "weight", "activation" or "table", format), or (place, "cache", format)."""
 Row = dict[Key, Tensor]
 """The effects of one batch, [B] each."""
 Errors = Callable[[str, Sequence[str]], Tensor]
@@ -32,13 +35,15 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 class Probe:
-    """Hooks on the layers of some groups that turn (input, output gradient) into effects."""
+    """Hooks on the layers of some groups, and on the attention of some caches, that turn (input, output gradient) into
+    effects.
+    """
 
     def __init__(
         self, stream: Stream, groups: Sequence[Group], schemes: Mapping[str, Sequence[Scheme]], errors: Errors,
-        calibration: Calibration,
+        calibration: Calibration, caches: Caches,
     ) -> None:  # fmt: skip
-        self._stream, self._groups = stream, groups
+        self._stream, self._groups, self._caches = stream, groups, caches
         self._calibration = calibration
         weights: dict[str, list[str]] = {}
         self._activations: dict[str, dict[str, Scheme]] = {}
@@ -68,6 +73,9 @@ class Probe:
                 handles.append(layer.register_full_backward_hook(self._backward(group, name)))
         if self._stream.whole:
             handles += self._table_handles()
+        for module in self._caches.modules:
+            attention = self._stream.module.get_submodule(module)
+            handles.append(tap_cache(attention, self._taps(module)))
         try:
             yield
         finally:
@@ -106,9 +114,9 @@ class Probe:
     def _backward(self, group: Group, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
             x, g = self._input.pop(name), grad_output[0]
-            self._add(group, "weight", self._weights[group.name], _weight_effects(x, g, self._errors[name]))
+            self._add(group.name, "weight", self._weights[group.name], _weight_effects(x, g, self._errors[name]))
             if (rounded := self._activations[group.name]) and grad_input[0] is not None:
-                self._add(group, "activation", list(rounded), self._input_effects(group, x, grad_input[0]))
+                self._add(group.name, "activation", list(rounded), self._input_effects(group, x, grad_input[0]))
 
         return hook
 
@@ -125,9 +133,31 @@ class Probe:
             columns.append((gradient * self._rounding[key]).flatten(1).sum(1))
         return torch.stack(columns, 1)
 
-    def _add(self, group: Group, kind: str, formats: Sequence[str], effects: Tensor) -> None:
+    def _taps(self, module: str) -> Callable[[Any], "_Tapped"]:
+        return lambda _: _Tapped(self, module)
+
+    def tapped(self, module: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] on their way to attention, whose gradients will become effects."""
+        found = {part: self._tapped(module, part, x) for part, x in zip(PARTS, (keys, values), strict=True)}
+        return found["keys"], found["values"]
+
+    def _tapped(self, module: str, part: CachePart, x: Tensor) -> Tensor:
+        if (cached := self._caches.at(module, part)) is None:
+            return x
+        # Weights need no gradient here, so the graph starts at what was computed from them alone.
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        place, rounded = cached
+        change = fake_quantize(x.detach(), rounded) - x.detach()
+
+        def note(gradient: Tensor) -> None:
+            self._add(place.name, "cache", [rounded.format], (gradient * change).flatten(1).sum(1, keepdim=True))
+
+        x.register_hook(note)  # type: ignore[no-untyped-call]
+        return x
+
+    def _add(self, name: str, kind: str, formats: Sequence[str], effects: Tensor) -> None:
         for i, fmt in enumerate(formats):
-            key = (group.name, kind, fmt)
+            key = (name, kind, fmt)
             self.row[key] = self.row[key] + effects[:, i] if key in self.row else effects[:, i]
 
     def take(self) -> Row:
@@ -137,12 +167,23 @@ class Probe:
             if leaf.grad is not None and self._weights[group.name]:
                 errors = self._errors[group.layers[0]]
                 found = _table_effects(table, ids, leaf.grad, errors)
-                self._add(group, "table", self._weights[group.name], found)
+                self._add(group.name, "table", self._weights[group.name], found)
         self._read.clear()
         row, self.row = self.row, {}
         self._rounding.clear()
         self._input.clear()
         return row
+
+
+class _Tapped:
+    """Stands in for the cache of the attention layer `module`."""
+
+    def __init__(self, probe: Probe, module: str) -> None:
+        self._probe, self._module = probe, module
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As they are."""
+        return self._probe.tapped(self._module, key_states, value_states)
 
 
 def _starts_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

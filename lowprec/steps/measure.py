@@ -153,22 +153,24 @@ def measure_pairs(
 ) -> dict[tuple[str, str], float]:
     """Measured KL of each (group, scheme) alone, nats per event.
 
-    Each pair starts at its own block from the reference's hidden states, so the blocks before it cost nothing; one
+    Each pair starts at its first block from the reference's hidden states, so the blocks before it cost nothing; one
     that changes what stands before the blocks goes through all of them.
     """
     hidden, calls = _entered(stream, batches)
-    first = {pair: min(_first_block(stream, name) for name in overlay) for pair, overlay in overlays.items()}
+    own = {pair: {_block(stream, name) for name in overlay} for pair, overlay in overlays.items()}
+    first = {pair: min(blocks) for pair, blocks in own.items()}
     changed: dict[tuple[str, str], Run] = {}
     for pair in (p for p, block in first.items() if block < 0):
         changed[pair] = Run(stream=stream, hidden=_entered(stream, batches, overlays[pair])[0], overlay=overlays[pair])
     for index in range(stream.depth):
-        # Those that branch off here run this block with their own weights; the others, and the reference, without.
-        for pair in (p for p, block in first.items() if block == index):
+        # Those that change this block run it as they have it; the others, and the reference, as it is.
+        for pair in (p for p, blocks in own.items() if index in blocks):
+            before = changed[pair].hidden if pair in changed else hidden
             with stream.block(index, overlays[pair]):
-                after = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+                after = [stream.run(index, h, call[index]) for h, call in zip(before, calls, strict=True)]
             changed[pair] = Run(stream=stream, hidden=after, overlay=overlays[pair])
         with stream.block(index):
-            for pair in (p for p, block in first.items() if block < index):
+            for pair in (p for p, block in first.items() if block < index and index not in own[p]):
                 run = changed[pair]
                 after = [stream.run(index, h, call[index]) for h, call in zip(run.hidden, calls, strict=True)]
                 changed[pair] = dataclasses.replace(run, hidden=after)
@@ -183,8 +185,8 @@ def measure_pairs(
     return {pair: mean_kl(table) for pair, table in zip(pairs, tables, strict=True)}
 
 
-def _first_block(stream: Stream, layer: str) -> int:
-    """The block from which on the model differs: -1 before the first, `depth` behind the last."""
+def _block(stream: Stream, layer: str) -> int:
+    """The block that differs with the layer: -1 before the first, `depth` behind the last."""
     if layer in stream.tables and not stream.whole:
         return -1
     block = stream.block_of(layer)

@@ -7,8 +7,9 @@ For a small change of a layer's output the Fisher information gives, per sequenc
 with y sampled from the model (Amari, Natural gradient works efficiently in learning, 1998, eq. 2). The square is taken
 of the whole sequence's sum: an error at one token reaches the tokens after it, and squaring per token underrates
 attention's layers several times. dW is the error that the solver really left, dx the rounding error of the layer's
-input, both summed over the layers of a group before they are squared. All schemes share one backward pass: a layer's
-gradient G[N, K] is formed once per sequence and multiplied with every scheme's error.
+input, both summed over the layers of a group before they are squared; or dx is that of the keys, or of the values, that
+a cache stores. All schemes share one backward pass: a layer's gradient G[N, K] is formed once per sequence and
+multiplied with every scheme's error.
 
 The pass goes through the blocks from the last to the first, recomputing each from the inputs that calibration kept, so
 that only one block's errors and gradients are ever held. A killed pass resumes at the block that was cut.
@@ -30,7 +31,8 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ArtifactError
-from lowprec.records import Group, Scheme, SensitivityRow
+from lowprec.records import CacheGroup, Group, Scheme, SensitivityRow
+from lowprec.steps.caches import NO_CACHES, Caches
 from lowprec.steps.calibrate import Calibration, Progress
 from lowprec.steps.effects import Errors, Key, Probe, Row
 from lowprec.steps.memory import trim
@@ -46,7 +48,8 @@ class Effects:
     """First-order effects e of each rounding on the sampled log-likelihood, [sequences, columns].
 
     `columns` names what each column is: (group, "weight", "activation" or "table", format), a format that is smoothed
-    being marked (`lowprec.transforms.keys_of`). `events` [sequences] is how many predictions each sequence makes.
+    being marked (`lowprec.transforms.keys_of`), or (place, "cache", format). `events` [sequences] is how many
+    predictions each sequence makes.
     """
 
     columns: tuple[Key, ...]
@@ -61,7 +64,9 @@ class Effects:
     def _parts(self, group: str, scheme: Scheme) -> list[Tensor]:
         weight, activation = keys_of(self.smoothed, group, scheme)
         kinds = [("weight", weight), ("activation", activation), ("table", weight)]
-        keys = [(group, kind, fmt) for kind, fmt in kinds if fmt is not None]
+        return self._values([(group, kind, fmt) for kind, fmt in kinds if fmt is not None])
+
+    def _values(self, keys: Sequence[Key]) -> list[Tensor]:
         # A layer that the output does not depend on got no gradient: rounding it has no effect.
         return [
             self.values[:, self.columns.index(key)].double()
@@ -77,7 +82,18 @@ class Effects:
         noise rank a scheme with rounded activations before the same weights without. So is what an embedding reads of
         a shared table from what the head makes of it.
         """
-        squares = sum(effect.square() for effect in self._parts(group, scheme)) * 0.5 / self.events.double().mean()
+        return self._kl(self._parts(group, scheme))
+
+    def cache_kl(self, group: CacheGroup, fmt: str) -> tuple[float, float]:
+        """The same of a group of the cache in the cache format `fmt`.
+
+        Its places are squared apart, as groups are: one that spans the model would otherwise have nothing but cross
+        terms of layers that have nothing to do with each other.
+        """
+        return self._kl(self._values([(place.name, "cache", fmt) for place in group.places]))
+
+    def _kl(self, parts: Sequence[Tensor]) -> tuple[float, float]:
+        squares = sum(effect.square() for effect in parts) * 0.5 / self.events.double().mean()
         return float(squares.mean()), float(squares.std() / max(len(squares) - 1, 1) ** 0.5)
 
 
@@ -158,6 +174,7 @@ def effects(
     scratch: Scratch,
     seed: int,
     progress: Progress = lambda done, total: None,
+    caches: Caches = NO_CACHES,
 ) -> Effects:
     """Runs the pass over the batches whose block inputs calibration kept in `scratch`.
 
@@ -166,11 +183,12 @@ def effects(
         errors: the rounding error of each layer in each weight format.
         calibration: what static activation scales come from.
         seed: of the sampled labels.
+        caches: the groups of the cache to score.
     """
     run = _Pass(stream=stream, batches=batches, outcome=outcome, scratch=scratch, seed=seed)
 
-    def probe(chosen: Sequence[Group]) -> Probe:
-        return Probe(stream, chosen, schemes, errors, calibration)
+    def probe(chosen: Sequence[Group], cached: Caches = NO_CACHES) -> Probe:
+        return Probe(stream, chosen, schemes, errors, calibration, cached)
 
     columns: list[Key] = []
     values: list[Tensor] = []
@@ -186,7 +204,7 @@ def effects(
         [outcome.events(batch, rows_of_batch(h, batch)) for (h, _), batch in zip(entered, batches, strict=True)]
     )
     if stream.whole:
-        keep(run.whole(probe(groups)))
+        keep(run.whole(probe(groups, caches)))
         return Effects(
             columns=tuple(columns), values=torch.stack(values, 1), events=events, smoothed=calibration.smoothed
         )
@@ -199,7 +217,8 @@ def effects(
     else:
         gradients = scratch.load(f"gradient-{start}") or []
     for index in reversed(range(start)):
-        rows, gradients = run.block(index, probe([g for g in groups if g.block == index]), gradients, calls)
+        cached = caches.inside(lambda module, index=index: stream.block_of(module) == index)  # type: ignore[misc]
+        rows, gradients = run.block(index, probe([g for g in groups if g.block == index], cached), gradients, calls)
         _checkpoint(scratch, index, rows, gradients)
         trim()
         progress(stream.depth - index, stream.depth)
@@ -231,6 +250,7 @@ def rows_of(
     groups: Sequence[Group],
     schemes: Mapping[str, Sequence[Scheme]],
     solver_of: Callable[[Group, str], str],
+    caches: Caches = NO_CACHES,
 ) -> tuple[SensitivityRow, ...]:
     """The table of (group, scheme) that sensitivity.json holds."""
     table = []
@@ -248,4 +268,17 @@ def rows_of(
                     tokens=int(found.events.sum()),
                 )
             )
+    for cached in caches.groups:
+        kl, stderr = found.cache_kl(cached, caches.format)
+        table.append(
+            SensitivityRow(
+                group=cached.name,
+                scheme=caches.format,
+                solver="none",
+                predicted_kl_nats=kl,
+                measured_kl_nats=None,
+                stderr=stderr,
+                tokens=int(found.events.sum()),
+            )
+        )
     return tuple(table)

@@ -19,13 +19,15 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowprec.formats import ACTIVATION_FORMATS, ActivationFormat
+from lowprec.records import CachePart, RoundedPart
+from lowprec.runtime.kvcache import round_parts
 from lowprec.steps.linear import linear_layers, stored_weight, weight_of, weighted_modules
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -34,19 +36,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Override:
-    """What one linear layer computes with instead of its own weight.
+    """What one linear layer computes with instead of its own weight, or what one attention layer sees of its cache.
 
     Attributes:
         weight: makes the [N, K] float32 weight when the block is materialised; None keeps the layer's own.
         activation: name of the format that its input is rounded to, None for none.
         activation_scale: scalar, for static activation formats.
         activation_exponents: [K], the input is divided by these powers of two while it is rounded; None for nothing.
+        cache: of an attention layer: which of its keys and values are rounded on their way to the cache, and how.
     """
 
     weight: Callable[[], Tensor] | None
     activation: str | None = None
     activation_scale: Tensor | None = None
     activation_exponents: Tensor | None = None
+    cache: Mapping[CachePart, RoundedPart] = field(default_factory=dict)
 
 
 Overlay = Mapping[str, Override]
@@ -118,7 +122,7 @@ class Stream:
         self.tables = {name: m for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
         self._names = {layer: name for name, layer in self.layers.items()}
         self.weighted = weighted_modules(module)
-        self._overlaid = {module: name for name, module in self.weighted.items()}
+        self._overlaid = {module: name for name, module in module.named_modules()}
         self._as_tuple = False
         self.calls: dict[str, tuple[int, ...]] = {}
         for parameter in module.parameters():
@@ -164,7 +168,7 @@ class Stream:
         handles = []
         for module in self.module.modules():
             trace[id(module)] = []
-            if id(module) in blocks or module in self._overlaid:
+            if id(module) in blocks or self._overlaid[module] in self.weighted:
                 handles.append(module.register_forward_hook(note))
         try:
             with torch.no_grad():
@@ -222,6 +226,8 @@ class Stream:
                         module._buffers[name] = buffer.to(self.device)
                 if override is not None and override.activation is not None:
                     handles.append(module.register_forward_pre_hook(_rounds_input(override)))
+                if override is not None and override.cache:
+                    handles.append(round_parts(module, override.cache))
             yield
         finally:
             for handle in handles:

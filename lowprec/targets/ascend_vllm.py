@@ -103,7 +103,7 @@ def _fill(
         notes.append(f"{', '.join(others)}: in bfloat16 here, with the values of their codes")
     if unrounded := sorted({source.schemes[x].name for x in coded if source.schemes[x].activation is None}):
         notes.append(f"{', '.join(unrounded)}: inputs are rounded to INT8 per token here, as they were not when scored")
-    notes.append(VERIFIED)
+    notes += [*source.notes, VERIFIED]
     facts = {
         "form": "vllm", "target": "ascend", "verified": VERIFIED, "notes": notes, **source.origin,
         "schemes": {layer: scheme.name for layer, scheme in source.schemes.items()},

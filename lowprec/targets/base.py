@@ -13,9 +13,10 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, resolve
+from lowprec.formats import CACHE_FORMATS, WEIGHT_FORMATS, QuantizedWeight, resolve
 from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
 from lowprec.registry import Registry
+from lowprec_kernels.timing import Timing
 
 BF16_BYTES = 2
 Progress = Callable[[int, int], None]
@@ -105,6 +106,23 @@ class RuntimeTarget(Target, Protocol):
         """
 
 
+@runtime_checkable
+class CacheTarget(Target, Protocol):
+    """A target whose KV cache may be kept in codes."""
+
+    def keeps(self, fmt: str) -> str | None:
+        """None if it can keep keys and values in the cache format `fmt`, else the reason."""
+
+    def time_cache(
+        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+    ) -> list[CostSample]:
+        """What it takes to store the keys (or the values) of `added` tokens in one layer that holds `held` before, and
+        to hand out those of all: one sample for each format, None being the model's own 16 bits, which is called bf16.
+
+        The samples have m = batch x added, n = held + added, k = heads x width; `bytes` are those of all tokens.
+        """
+
+
 TARGETS: Registry[Target] = Registry("target", "lowprec.targets")
 
 
@@ -118,6 +136,31 @@ def weight_bytes(scheme: Scheme, n: int, k: int) -> int:
     if scheme.weight is None:
         return BF16_BYTES * n * k
     return round(n * WEIGHT_FORMATS[scheme.weight].bytes_per_row(k))
+
+
+def token_bytes(fmt: str | None, heads: int, width: int) -> float:
+    """Bytes of one token's keys, or values, in a layer; None is bfloat16."""
+    return BF16_BYTES * heads * width if fmt is None else CACHE_FORMATS[fmt].bytes_per_token(heads, width)
+
+
+def cache_sample(
+    fmt: str | None, heads: int, width: int, batch: int, added: int, held: int, kernel: str, timing: Timing,
+    origin: Origin,
+) -> CostSample:  # fmt: skip
+    """A sample as `CacheTarget.time_cache` gives it."""
+    return CostSample(
+        op="cache",
+        m=batch * added,
+        n=held + added,
+        k=heads * width,
+        scheme=fmt or "bf16",
+        kernel=kernel,
+        p20_us=timing.p20_us,
+        p50_us=timing.p50_us,
+        p80_us=timing.p80_us,
+        bytes=round(batch * (held + added) * token_bytes(fmt, heads, width)),
+        origin=origin,
+    )
 
 
 def installed(package: str) -> str:

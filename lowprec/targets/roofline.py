@@ -4,6 +4,7 @@
     bytes = stored weight + 2 m k (input, bf16) + 2 m n (output, bf16)      rate of the precision that computes
     t_q   = (2 m k + m k) / bandwidth     reading bf16 and writing 8-bit activations, where they are quantised
     a quantised input is then read back with 1 byte a value instead of 2
+    cache: t = bytes of all stored tokens / bandwidth, in whatever format, as a kernel that reads codes would need
 
 Source: Williams et al., "Roofline: an insightful visual performance model", CACM 52 (2009). Peaks are dense
 (no structured sparsity) and are reached by no kernel, launch overhead and unpacking are left out: ratios between
@@ -17,7 +18,8 @@ from lowprec.errors import ConfigError
 from lowprec.formats import per_block, resolve
 from lowprec.records import CostSample, Origin, Scheme
 from lowprec.registry import closest
-from lowprec.targets.base import BF16_BYTES, Progress, unfit, weight_bytes
+from lowprec.targets.base import BF16_BYTES, Progress, cache_sample, token_bytes, unfit, weight_bytes
+from lowprec_kernels.timing import Timing
 
 TERA = 1e12
 
@@ -185,6 +187,23 @@ class RooflineTarget:
                 done += 1
                 if progress is not None:
                     progress(done, total)
+        return samples
+
+    def keeps(self, fmt: str) -> str | None:
+        """None if the device can convert what is kept."""
+        precision = fmt.rpartition("-")[2]
+        return None if precision in self._device.rates else self._device.missing[precision]
+
+    def time_cache(
+        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+    ) -> list[CostSample]:
+        """See `lowprec.targets.base.CacheTarget.time_cache`."""
+        samples = []
+        for fmt in formats:
+            size = batch * (held + added) * token_bytes(fmt, heads, width)
+            us = size / self._device.bandwidth * 1e6
+            timing = Timing(p20_us=us, p50_us=us, p80_us=us, runs=0)
+            samples.append(cache_sample(fmt, heads, width, batch, added, held, "roofline", timing, "modelled"))
         return samples
 
 

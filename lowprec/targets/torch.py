@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowprec.artifacts.loading import cache_argument
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
 from lowprec.formats.rows import MixedRows
 from lowprec.records import CostSample, Origin, Scheme
 from lowprec.runtime.dispatch import BUCKET_LIMITS, automatic
+from lowprec.runtime.kvcache import cache_argument
 from lowprec.runtime.measure import measure_kernels
-from lowprec.targets.base import TARGETS, Progress, unfit, weight_bytes
+from lowprec.runtime.measure_cache import measure_cache
+from lowprec.targets.base import TARGETS, Progress, cache_sample, unfit, weight_bytes
 from lowprec_kernels.kernel import registered
 
 OP = "linear"
@@ -159,6 +160,40 @@ class TorchTarget:
                 if progress is not None:
                     progress(done, total)
         return samples
+
+    def keeps(self, fmt: str) -> str | None:
+        """Our cache keeps every format that there is."""
+        return None
+
+    def time_cache(
+        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+    ) -> list[CostSample]:
+        """See `lowprec.targets.base.CacheTarget.time_cache`; bf16 is the cache that transformers makes by itself."""
+        timings = measure_cache(
+            heads,
+            width,
+            formats,
+            batch,
+            added,
+            held,
+            dtype=self.dtype,
+            device=self._device,
+            seconds_per_candidate=self.seconds_per_sample,
+        )
+        return [
+            cache_sample(
+                fmt,
+                heads,
+                width,
+                batch,
+                added,
+                held,
+                "RoundedLayer" if fmt else "DynamicLayer",
+                timings[fmt],
+                "measured",
+            )
+            for fmt in formats
+        ]
 
     def _in_parts(self, scheme: Scheme, n: int, k: int, m: int) -> CostSample:
         """The sum over the parts of a table in rows of two widths."""
