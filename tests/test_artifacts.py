@@ -31,13 +31,16 @@ from lowprec.artifacts.source import (
 )
 from lowprec.errors import ArtifactError, LowprecError, ModelError, UnsupportedError
 from lowprec.formats import ACTIVATION_FORMATS, SCHEMES, WEIGHT_FORMATS, QuantizedWeight, for_tables, per_block
+from lowprec.formats.schemes import TWO_LEVEL
 from lowprec.records import Budget, PrecisionPlan, Scheme, Workload
 from lowprec.results import CostResult, LossResult, SchemeShare, SourceLoss
 
 STORED = sorted(
     name
     for name, s in SCHEMES.items()
-    if s.weight in WEIGHT_FORMATS and WEIGHT_FORMATS[s.weight].symmetric and not for_tables(s) and not per_block(s)
+    if s.weight in WEIGHT_FORMATS
+    and WEIGHT_FORMATS[s.weight].symmetric
+    and not (for_tables(s) or per_block(s) or TWO_LEVEL in s.name)
 )
 INPUT_SCALE = 0.03125
 Q, K, V, O = (f"model.layers.0.self_attn.{x}_proj" for x in "qkvo")  # noqa: E741

@@ -3,8 +3,8 @@
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), chosen to stay apart in every common form of
 colour blindness; group sizes of one scheme differ in lightness, which everyone sees. Blues are INT8, green is FP8,
 reds and yellows are INT4, violets INT3, and bf16 is a quiet grey, since it is what was left alone. Colour is never the
-only carrier: cells have a label, variants (static activation scales, inputs in blocks, zero points, tables with rows in
-INT8) a hatch, and every mark its name in text.
+only carrier: cells have a label, variants (static activation scales, inputs in blocks, scales of two levels, zero
+points, tables with rows in INT8) a hatch, and every mark its name in text.
 
 Left out: a colour for every scheme that may ever exist. One without an entry here is drawn in a spare colour.
 """
@@ -26,9 +26,9 @@ class Look:
     hatched: bool = False
 
 
-ROWS, ZERO_POINTS, BLOCKS = "-rows", "-asym", re.compile(r"-block\d*")
-# Names without "-static", "-asym" and "-rows..."; inputs in blocks are drawn as those by token, hatched. A group size
-# only changes the lightness.
+ROWS, ZERO_POINTS, BLOCKS = "-rows", "-asym", re.compile(r"-block\d*|-two-level")
+# Names without "-static", "-asym" and "-rows..."; inputs in blocks, and scales of two levels, are drawn as those by
+# token, hatched. A group size only changes the lightness.
 _FILLS = {
     "bf16": ("#b4bac2", DARK_INK, "16"),
     "w8a16": ("#56b4e9", DARK_INK, "8"),
