@@ -9,9 +9,9 @@ two forms. What they round inputs to differs: by token with many rows, as is sco
 groups, which is finer, since a row's largest value spoils its own block alone.
 
 Tried on SmolLM2-135M with all layers and the head so (two threads of an AMD EPYC with VNNI, tokens a second in decode
-and prefill of 512, one run in turns): float32 84 and 1,468, onnxruntime-genai's float32 92 and 1,183 and its INT4 193 and
-1,083; this 219 and 2,388, and in onnxruntime-genai 220 and 1,922. MatMulNBits alone, 224 and 1,482. So decode is 2.4
-times float32's at most with this operator, and attention, a third of the time, keeps prefill below twice.
+and prefill of 512, one run in turns): float32 84 and 1,468, onnxruntime-genai's float32 92 and 1,183 and its INT4 193
+and 1,083; this 219 and 2,388, and in onnxruntime-genai 220 and 1,922. MatMulNBits alone, 224 and 1,482. So decode is
+2.4 times float32's at most with this operator, and attention, a third of the time, keeps prefill below twice.
 
 The choice is made once a step, not once a product: entering a branch costs about as long as ten small operators.
 Constants that both forms have are stored once. Graphs that are no decoders have the form for many alone.
