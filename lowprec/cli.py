@@ -57,7 +57,9 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an earlier one is resumed.")] = Path(
         "lowprec-out"
     ),
-    target: Annotated[str, typer.Option(help="Runtime that the plan is made for: torch or onnxruntime.")] = "torch",
+    target: Annotated[
+        str, typer.Option(help="Runtime that the plan is made for: torch, onnxruntime, openvino.")
+    ] = "torch",
     device: Annotated[str, typer.Option(help="cpu, cuda, or a device to plan for: h100, h200, a100, ...")] = "cpu",
     objective: Annotated[str, typer.Option(help="What is made least: time, bytes or dollars.")] = "time",
     metric: Annotated[str, typer.Option(help="perplexity (default), kl, top1, task:FILE; encoders: cosine_loss.")] = "",
@@ -177,15 +179,16 @@ def export(
     with RunProgress() as progress, progress.step("export"):
         if target in EXPORTERS:
             written = export_for(target, source, out, form=form, sequence=sequence, past=past)
-        elif form or sequence or past:
+        elif (form, sequence, past) != (None, None, None):
             raise ConfigError(f"the target {target} has one form, of free sizes: give no --form, --sequence or --past")
         else:
             written = export_onnx(source, out, target=target, accuracy=accuracy)
     size = numbers.plain(numbers.byte_size(written.bytes))
+    error = written.largest_error
+    # Where no runtime computed it there is nothing to tell of its outputs.
+    compared = "" if error is None else f"; outputs within {error:.1e} of the artefact's"
     Console().print(
-        f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}; outputs in onnxruntime within "
-        f"{written.largest_error:.1e} of the artefact's",
-        soft_wrap=True,
+        f"{_escape(str(out))}: {written.kind}, {written.layers} layers in codes, {size}{compared}", soft_wrap=True
     )
     for note in written.notes:
         Console().print(f"note: {_escape(note)}", soft_wrap=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,18 @@ from safetensors.torch import load_file
 
 import tiny
 from lowprec.artifacts.loading import read_back
+from lowprec.artifacts.own_form import write_own_form
+from lowprec.artifacts.source import weights_digest
 from lowprec.cli import main
-from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.errors import ArtifactError, ConfigError, UnsupportedError
+from lowprec.formats import SCHEMES
+from lowprec.onnx import targeted
 from lowprec.onnx.fixed import Sizes, fix_sizes
 from lowprec.onnx.graph import graph_of
 from lowprec.onnx.lowering import lower_opset
 from lowprec.onnx.operators import check_operators, nodes_of
+from lowprec.onnx.windows import Deviation
+from lowprec.runtime.convert import linear_layers, weight_of
 from lowprec.targets.exporting import EXPORTERS, export_for
 from targets_factory import artefact, facts
 
@@ -29,10 +36,10 @@ MIX = {"q_proj": "w8a8-int8", "k_proj": "w8a8-int8", "v_proj": "w8a8-int8", "o_p
        "gate_proj": "w4a16-g64", "up_proj": "w4a16-g64", "down_proj": "w8a16"}  # fmt: skip
 
 
-def llama() -> Any:
-    """One block, with an untied head."""
+def llama(tied: bool = False) -> Any:
+    """One block, with an untied head or a tied one."""
     torch.manual_seed(0)
-    config = copy.deepcopy(tiny.DECODERS["llama-untied"])
+    config = copy.deepcopy(tiny.DECODERS["llama" if tied else "llama-untied"])
     config.num_hidden_layers = 1
     return transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
 
@@ -180,6 +187,102 @@ def test_ascend_folder_is_what_vllm_ascend_asks_for(mixed: Path, tmp_path: Path)
     assert not hasattr(config, "quantization_config")
 
 
+def own_form(path: Path, model: Any, mix: dict[str, str]) -> Path:
+    """As `artefact`, in lowprec's own form, where layers that runtimes fuse may have several schemes."""
+    layers = linear_layers(model)
+    schemes = {n: SCHEMES[s] for end, s in mix.items() for n in layers if n.endswith(end)}
+    solved = {n: tiny.rounded(weight_of(layers[n]), str(s.weight)) for n, s in schemes.items()}
+    write_own_form(
+        path, module=model, name="org/m", revision=weights_digest(model), solved=solved, schemes=schemes,
+        tokenizer=tiny.tokenizer(), generation_config=model.generation_config, tables={},
+    )  # fmt: skip
+    return path
+
+
+def test_vllm_ascend_finds_what_it_fuses_in_one_type_and_a_tied_head(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    mix = {"q_proj": "w8a8-int8", "v_proj": "w4a16-g32", "gate_proj": "w8a8-int8", "down_proj": "w8a8-int8"}
+    source = own_form(tmp_path / "model", model, mix)
+    written = export_for("ascend", source, tmp_path / "vllm")
+    told = json.loads((tmp_path / "vllm" / "quant_model_description.json").read_text())
+    tensors = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert told["lm_head.weight"] == "FLOAT", "the loader asks for it, stored or not"
+    coded = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    assert coded == {"model.layers.0.mlp.down_proj"}
+    assert written.layers == 1
+    for members in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        assert {told[f"model.layers.0.{m}.weight"] for m in members} == {"FLOAT"}
+    solved = read_back(source)
+    values = solved["model.layers.0.self_attn.q_proj"].dequantize().to(torch.bfloat16)
+    assert torch.equal(tensors["model.layers.0.self_attn.q_proj.weight"], values)
+    note = next(note for note in written.notes if "vllm-ascend fuses" in note)
+    assert "model.layers.0.self_attn (q_proj w8a8-int8, k_proj bf16, v_proj w4a16-g32)" in note
+    assert "model.layers.0.mlp (gate_proj w8a8-int8, up_proj bf16)" in note
+    assert written.largest_error is None, "nothing computed it"
+    del mix["down_proj"]
+    source = own_form(tmp_path / "torn", llama(tied=True), mix)
+    with pytest.raises(UnsupportedError, match="every INT8 layer would be in bfloat16 here"):
+        export_for("ascend", source, tmp_path / "none")
+
+
+def test_nothing_is_said_of_outputs_that_nothing_computed(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["lowprec", "export", str(mixed), "--out", str(tmp_path / "o"), "--target", "ascend"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "4 layers in codes" in said
+    assert "outputs within" not in said
+
+
+@pytest.mark.parametrize(
+    ("off", "rounds", "reason"),
+    [
+        (2e-3, False, r"0\.002 of the largest output off on the probe text .* nothing was written"),
+        (float("nan"), False, "no numbers"),
+        (float("nan"), True, "no numbers"),
+        (float("inf"), True, "no numbers"),
+    ],
+)
+def test_outputs_are_held_to_a_limit_where_nothing_is_rounded(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float, rounds: bool, reason: str
+) -> None:
+    monkeypatch.setattr(targeted, "graph_of", lambda *_: SimpleNamespace(kind="decoder"))
+    monkeypatch.setattr(targeted, "deviation", lambda *_: Deviation(largest=off))
+
+    def make(*_: Any) -> targeted.Written:
+        return targeted.Written(layers=1, notes=(), rounds=rounds)
+
+    with pytest.raises(ArtifactError, match=reason):
+        targeted.write_for("t", "f", mixed, tmp_path / "o", None, None, None, make=make, verified="not verified")
+    assert not (tmp_path / "o").exists()
+
+
+def test_padding_is_part_of_the_check_where_sizes_are_free(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the canonical form: sequences of two lengths in one batch, in three steps."""
+    asked = []
+
+    def fails(file: Path, out: Path, *_: Any) -> float:
+        asked.append(file.name)
+        raise ArtifactError(out, "only beside padding")
+
+    monkeypatch.setattr(targeted, "graph_of", lambda *_: SimpleNamespace(kind="decoder"))
+    monkeypatch.setattr(targeted, "deviation", lambda *_: Deviation(largest=1e-6))
+    monkeypatch.setattr(targeted, "check_outputs", fails)
+    with pytest.raises(ArtifactError, match="only beside padding"):
+        targeted.write_for(
+            "t", "f", mixed, tmp_path / "o", None, None, None, verified="not verified",
+            make=lambda *_: targeted.Written(layers=1, notes=(), rounds=False),
+        )  # fmt: skip
+    assert asked == ["model.onnx"]
+
+
 @SLOW
 @pytest.mark.parametrize(
     ("scheme", "refusals"),
@@ -251,6 +354,11 @@ def test_bad_requests_are_told_at_once(
     assert "unknown export target 'tensort': did you mean 'tensorrt'?" in asked("--target", "tensort")
     assert "unknown form 'int4' of ascend" in asked("--target", "ascend", "--form", "int4")
     assert "sizes are free in the form qdq of tensorrt" in asked("--target", "tensorrt", "--sequence", "8")
+    assert "sizes are free in the form nbits of webgpu" in asked("--target", "webgpu", "--sequence", "0")
+    assert "sequence 0: give at least 1" in asked("--target", "migraphx", "--sequence", "0")
     assert "the target onnx has one form" in asked("--form", "a8w8")
+    assert "the target onnx has one form" in asked("--past", "0")
+    with pytest.raises(ConfigError, match="give neither module nor inputs, or take another form: fp16, int8"):
+        export_for("ascend", tmp_path, tmp_path / "o", module=torch.nn.Linear(3, 3), inputs={"x": torch.ones(2, 3)})
     with pytest.raises(ConfigError, match="unknown export target"):
         export_for("nothing", tmp_path, tmp_path / "o")

@@ -92,7 +92,7 @@ def test_what_the_runtime_cannot_compute_has_a_reason() -> None:
         "w8a8-fp8": "no product of FP8",
         "w8a16": "writes INT8 weights out",
         "w4a8-int8-g64": "block by block",
-        "w8a8-int8-static": "block by block",
+        "w8a8-int8-static": "no product with fixed ones",
         "w4a16-g64-rows25": "INT8 weights",
     }
     for name, pattern in words.items():

@@ -5,9 +5,8 @@
               a cache that is not full yet begins with columns whose mask is 0, and goes on as present's last `past`
     module    the first dimension of its inputs is 1
 
-Two more rewrites, of what compilers for fixed sizes do not take: GatherND with constant places becomes Gather of the
-flattened tensor, and what hides a key is `HIDDEN` instead of the least float32, which would be the range of whatever
-meets it. exp(HIDDEN) is 1.6e-28 beside the largest score, 0 to float32.
+One more rewrite, of what compilers for fixed sizes do not take: GatherND with constant places becomes Gather of the
+flattened tensor. What hides a token stays as it is; forms that cannot hold it see to that (`lowprec.onnx.hidden`).
 """
 
 from collections.abc import Mapping
@@ -19,9 +18,6 @@ import onnx_ir as ir
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.onnx.graph import Graph, Kind, tidy
 from lowprec.onnx.places import replace_nodes
-
-HIDDEN = -64.0
-HUGE = -1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +67,6 @@ def fix_sizes(graph: Graph, sizes: Sizes) -> None:
     for node in list(inner):
         if node.op_type == "GatherND":
             _flatten_gather(inner, node)
-    _lower_hidden(inner)
     tidy(graph)
     if free := [v.name for v in inner.outputs if v.shape is None or not all(isinstance(d, int) for d in v.shape)]:
         raise UnsupportedError(
@@ -104,13 +99,3 @@ def _flatten_gather(graph: ir.Graph, node: ir.Node) -> None:
     taken = ir.node("Gather", [line.outputs[0], made[1]], {"axis": 0})
     back = ir.node("Cast", [taken.outputs[0]], {"to": data.dtype})
     replace_nodes(graph, node, [whole, line, taken, back])
-
-
-def _lower_hidden(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > 1:
-            continue
-        array = tensor.numpy()
-        if array.size and float(array.min()) < HUGE:
-            value.const_value = ir.tensor(np.maximum(array, np.float32(HIDDEN)), name=name)

@@ -56,7 +56,8 @@ class OnnxArtefact:
     Attributes:
         layers: how many read codes.
         bytes: of graph and weights.
-        largest_error: of its outputs against the artefact's in torch, as a share of the largest.
+        largest_error: of its outputs against the artefact's in torch, as a share of the largest; None where nothing
+            computed them.
         notes: what this form does otherwise than the artefact, one sentence each.
         digest: of graph and weights.
     """
@@ -65,7 +66,7 @@ class OnnxArtefact:
     kind: Kind
     layers: int
     bytes: int
-    largest_error: float
+    largest_error: float | None
     notes: tuple[str, ...]
     digest: str
 

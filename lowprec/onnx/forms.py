@@ -19,7 +19,7 @@ rows, with MatMulNBits over the same codes in the place of MatMulIntegerToFloat 
 
 from functools import partial
 
-from lowprec.formats import WEIGHT_FORMATS, per_block, scheme_named
+from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, per_block, scheme_named
 from lowprec.formats.rows import MixedRows
 from lowprec.formats.schemes import BLOCK, TWO_LEVEL
 from lowprec.formats.schemes import TOKEN as BY_TOKEN
@@ -49,6 +49,11 @@ def refuses(scheme: Scheme) -> str | None:
         return None
     if level_of(scheme) in (TOKEN, PHASES):
         return f"{scheme.name}: INT8 products overflow in onnxruntime on this processor" if saturates() else None
+    if not ACTIVATION_FORMATS[scheme.activation].dynamic:
+        return (
+            f"{scheme.name}: ranges of inputs are measured at each call here, by token (w8a8-int8) or by block "
+            f"(w8a8{BLOCK}); there is no product with fixed ones"
+        )
     if scheme.activation != f"int8{BLOCK}{blocks_of(scheme.weight).size}":
         return f"{scheme.name}: onnxruntime rounds inputs of these weights block by block (w{fmt.bits}a8{BLOCK})"
     return None

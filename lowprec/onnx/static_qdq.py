@@ -1,9 +1,9 @@
 """A whole graph in QuantizeLinear and DequantizeLinear with fixed ranges: what compilers for integer hardware take.
 
 Every activation has one range, the least and largest value that it took over the artefact's probe text; weights of
-products are the plan's codes where one scale per output channel holds them (`lowprec.onnx.dense`). onnxruntime's
-quantizer, in its configuration for QNN, decides where Q and DQ stand; scales of weights are given to it, and that it
-wrote those codes is checked.
+products are the plan's codes where one scale per output channel holds them (`lowprec.onnx.dense`); what hides a token
+lies where the range of scores ends (`lowprec.onnx.hidden`). onnxruntime's quantizer, in its configuration for QNN,
+decides where Q and DQ stand; scales of weights are given to it, and that it wrote those codes is checked.
 
 Source: onnxruntime.quantization.execution_providers.qnn; onnxruntime.ai/docs, QNN execution provider, "Generating a
 quantized model".
@@ -27,6 +27,7 @@ from lowprec.errors import UnsupportedError
 from lowprec.formats import QuantizedWeight
 from lowprec.onnx.dense import Bits, Coded, coded
 from lowprec.onnx.graph import Graph
+from lowprec.onnx.hidden import hide_in_grid
 from lowprec.onnx.windows import Feed, Text, calls, plain_session
 
 # onnxruntime's quantizer makes copies of protobuf messages, which end at 2 GB.
@@ -67,7 +68,7 @@ def quantize_graph(
         weight_bits: 4 leaves what the plan has in 4 bits there; all else has 8.
 
     Raises:
-        UnsupportedError: more than 2 GB in float32.
+        UnsupportedError: more than 2 GB in float32, or attention scores that activations cannot hold.
     """
     if (size := sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value)) > (
         LIMIT_BYTES
@@ -75,6 +76,7 @@ def quantize_graph(
         raise UnsupportedError(
             "the graph is too large for onnxruntime's quantizer", (f"{size / 1e9:.1f} GB in float32, 2.1 are possible",)
         )
+    hide_in_grid(graph, text, file, activation_bits)
     plain = file.with_name("plain.onnx")
     _name_nodes(graph.model.graph)
     ir.save(graph.model, plain)

@@ -70,15 +70,13 @@ class Text:
     sizes: Sizes | None = None
 
 
-def text_of(path: Path, kind: Kind, inputs: Mapping[str, Tensor] | None, sizes: Sizes | None = None) -> Text:
-    """The text of the artefact at `path`.
+def windows_of(path: Path, sizes: Sizes | None) -> Tensor:
+    """[W, T] token ids of the probe set of the artefact at `path`.
 
     Raises:
         ArtifactError: it has no probe set.
         ConfigError: windows that are shorter than a call of fixed size.
     """
-    if inputs is not None:
-        return Text(kind=kind, windows=None, inputs=inputs, sizes=sizes)
     if not (path / probe.FILE_NAME).exists():
         raise ArtifactError(
             path, f"has no {probe.FILE_NAME}, on whose text ranges are measured; run lowprec calibrate again"
@@ -89,7 +87,7 @@ def text_of(path: Path, kind: Kind, inputs: Mapping[str, Tensor] | None, sizes: 
             f"sequence {sizes.sequence} is longer than the windows that ranges are measured on: give at most "
             f"{windows.shape[1]}"
         )
-    return Text(kind=kind, windows=windows, inputs=None, sizes=sizes)
+    return windows
 
 
 def plain_session(path: Path, more_outputs: Iterable[str] = ()) -> Session:
@@ -127,7 +125,7 @@ def calls(session: Session, text: Text) -> Iterator[tuple[Feed, list[Array]]]:
             yield from (
                 _decoder_calls(session, window, text.sizes)
                 if text.kind == "decoder"
-                else [_encoder_call(session, window, text.sizes)]
+                else _encoder_calls(session, window, text.sizes)
             )
 
 
@@ -139,11 +137,19 @@ def _module_calls(session: Session, text: Text) -> Iterator[tuple[Feed, list[Arr
         yield feed, session.run(None, feed)
 
 
-def _encoder_call(session: Session, window: Array, sizes: Sizes | None) -> tuple[Feed, list[Array]]:
+def _encoder_calls(session: Session, window: Array, sizes: Sizes | None) -> Iterator[tuple[Feed, list[Array]]]:
+    """A call of each of `lengths_seen`; what is left of a fixed size is padding."""
     ids = window[None, : sizes.sequence if sizes else None]
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    feed = {i.name: feed[i.name] for i in session.get_inputs()}
-    return feed, session.run(None, feed)
+    for length in lengths_seen(len(window), sizes):
+        feed = {"input_ids": ids, "attention_mask": (np.arange(ids.shape[1]) < length).astype(np.int64)[None]}
+        yield feed, session.run(None, feed)
+
+
+def lengths_seen(length: int, sizes: Sizes | None) -> tuple[int, ...]:
+    """How many tokens of a window each call to an encoder has: all of them, and half, as a fixed size is seldom met."""
+    if sizes is None:
+        return (length,)
+    return (sizes.sequence, sizes.sequence // 2) if sizes.sequence > 1 else (1,)
 
 
 def _decoder_calls(session: Session, window: Array, sizes: Sizes | None) -> Iterator[tuple[Feed, list[Array]]]:
@@ -185,7 +191,7 @@ def deviation(
 ) -> Deviation:
     """The first output of the graph at `path` against the module's in torch, over the text."""
     session = opened(path)
-    found = [torch.from_numpy(outputs[0]).float() for _, outputs in calls(session, text)]
+    found = [_answer(feed, torch.from_numpy(outputs[0]).float(), text) for feed, outputs in calls(session, text)]
     with torch.no_grad():
         expected = _expected(module, text)
     got = torch.cat(found, 1).reshape(expected.shape) if text.kind == "decoder" else torch.cat(found)
@@ -198,8 +204,13 @@ def deviation(
     return Deviation(largest=largest, kl_nats=max(kl, 0.0), same_first=same)
 
 
+def _answer(feed: Feed, output: Tensor, text: Text) -> Tensor:
+    """What counts of an output: of an encoder [T, D], the real tokens of its one row."""
+    return output[0, torch.from_numpy(feed["attention_mask"][0]) > 0] if text.kind == "encoder" else output
+
+
 def _expected(module: Any, text: Text) -> Tensor:
-    """[B, ...] outputs of torch; of a decoder [1, W T, V], window after window."""
+    """[B, ...] outputs of torch; of a decoder [1, W T, V], window after window; of an encoder [T, D]."""
     if text.inputs is not None:
         out = module(**text.inputs)
         first: Tensor = out if isinstance(out, Tensor) else out[0]
@@ -209,5 +220,5 @@ def _expected(module: Any, text: Text) -> Tensor:
     if text.kind == "decoder":
         seen = tokens_seen(length, text.sizes)
         return torch.cat([module(input_ids=w[None, :seen], use_cache=False).logits for w in text.windows], 1)
-    seen = text.sizes.sequence if text.sizes else length
-    return torch.cat([module(input_ids=w[None, :seen]).last_hidden_state for w in text.windows])
+    lengths = lengths_seen(length, text.sizes)
+    return torch.cat([module(input_ids=w[None, :n]).last_hidden_state[0] for w in text.windows for n in lengths])

@@ -2,8 +2,8 @@
 
 What every one of them does: planned layers that are not found in the graph, and operators that the runtime does not
 list, are errors; ONNX's checker and shape inference pass over what was written; how far its outputs are from the
-artefact's is measured on the artefact's probe text; and what was not verified on hardware says so, in the metadata of
-the file and in the notes.
+artefact's is measured on the artefact's probe text, and more than 1e-3 of the largest is an error where a form rounds
+nothing; and what was not verified on hardware says so, in the metadata of the file and in the notes.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact, Source
     from lowprec.onnx.graph import Graph
     from lowprec.onnx.targeted import Written
+    from lowprec.onnx.windows import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,14 +59,16 @@ class Exporter:
 
     Attributes:
         forms: names; the first is written when none is asked for.
-        fixed: forms of fixed sizes.
         write: writes one.
+        fixed: forms of fixed sizes.
+        whole: forms of models that are whole in their artefact, so that no module of the user's goes into them.
     """
 
     name: str
     forms: tuple[str, ...]
     write: "Callable[[Request], OnnxArtefact]"
     fixed: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 def names(text: str) -> frozenset[str]:
@@ -74,18 +77,28 @@ def names(text: str) -> frozenset[str]:
 
 
 def through_graph(
-    target: str, request: Request, make: "Callable[[Graph, Source, Path], Written]", verified: str
+    target: str, request: Request, make: "Callable[[Graph, Source, Text, Path], Written]", verified: str
 ) -> "OnnxArtefact":
     """Writes what `make` makes of the model's traced graph in the file that it is given, with all that is said above.
 
     Args:
+        target: a name of `EXPORTERS`.
+        make: its last two arguments are the text that ranges are measured on, and the file to write.
         verified: how far the form was verified, for the metadata.
     """
     require_extra()
     from lowprec.onnx.targeted import write_for
 
     return write_for(
-        target, request.form, request.source, request.out, request.module, request.inputs, make=make, verified=verified
+        target,
+        request.form,
+        request.source,
+        request.out,
+        request.module,
+        request.inputs,
+        request.sizes if request.form in EXPORTERS[target].fixed else None,
+        make=make,
+        verified=verified,
     )
 
 
@@ -114,16 +127,22 @@ def export_for(
         module, inputs: as for `lowprec.onnx.export_onnx`.
 
     Raises:
-        ConfigError: an unknown target or form, or sizes for a form that has none.
+        ConfigError: an unknown target or form; sizes, or a module, for a form that takes none.
         UnsupportedError: the model, or a layer of it, has no form there; reasons.
         ArtifactError: a damaged artefact, or a folder that cannot be written.
     """
     found = EXPORTERS[target]
-    chosen = form or found.forms[0]
+    chosen = found.forms[0] if form is None else form
     if chosen not in found.forms:
         raise ConfigError(f"unknown form {chosen!r} of {target}: {closest(chosen, found.forms)}")
-    if chosen not in found.fixed and (sequence or past):
+    if chosen not in found.fixed and (sequence is not None or past is not None):
         raise ConfigError(f"sizes are free in the form {chosen} of {target}: give neither sequence nor past")
+    if chosen in found.whole and (module is not None or inputs is not None):
+        others = ", ".join(name for name in found.forms if name not in found.whole)
+        raise ConfigError(
+            f"the form {chosen} of {target} is that of a model that is whole in its artefact: give neither module nor "
+            "inputs" + (f", or take another form: {others}" if others else "")
+        )
     return found.write(
         Request(
             source=Path(source), out=Path(out), form=chosen, sequence=sequence, past=past, module=module, inputs=inputs

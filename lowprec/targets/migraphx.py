@@ -21,10 +21,10 @@ from lowprec.errors import UnsupportedError
 from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, through_graph
 
 if TYPE_CHECKING:
-    from lowprec.onnx.fixed import Sizes
     from lowprec.onnx.folder import OnnxArtefact, Source
     from lowprec.onnx.graph import Graph
     from lowprec.onnx.targeted import Written
+    from lowprec.onnx.windows import Text
 
 OPSET = 19
 SOURCE = "MIGraphX, Supported ONNX Operators, and its parser of MatMulNBits"
@@ -51,10 +51,10 @@ VERIFIED = (
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    return through_graph("migraphx", request, partial(_make, request, request.sizes), VERIFIED)
+    return through_graph("migraphx", request, partial(_make, request), VERIFIED)
 
 
-def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", file: Path) -> "Written":
+def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file: Path) -> "Written":
     import onnx
     import onnx_ir as ir
 
@@ -67,9 +67,8 @@ def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", fi
     from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.targeted import Written
-    from lowprec.onnx.windows import deviation, text_of
 
-    text = text_of(source.path, graph.kind, request.inputs, sizes)
+    sizes = request.sizes
     planned = place_dense(graph, read_back(source.path))
     fix_sizes(graph, sizes)
     lower_opset(graph, OPSET)
@@ -78,7 +77,7 @@ def _make(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", fi
     ir.save(graph.model, file, external_data=DATA)
     check_operators(onnx.load(file, load_external_data=False), "MIGraphX", OPERATORS, SOURCE)
     notes = [sizes.told(graph.kind), *unrounded(source.schemes.values()), FLOAT_WEIGHTS]
-    return Written(layers=len(layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
+    return Written(layers=len(layers), notes=tuple(notes), rounds=False)
 
 
 def _product(graph: Any, x: Any, layer: str, weight: Any) -> list[Any]:

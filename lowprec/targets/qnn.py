@@ -27,10 +27,10 @@ from lowprec.targets.exporting import EXPORTERS, Exporter, Request, names, throu
 
 if TYPE_CHECKING:
     from lowprec.onnx.dense import Bits
-    from lowprec.onnx.fixed import Sizes
     from lowprec.onnx.folder import OnnxArtefact, Source
     from lowprec.onnx.graph import Graph
     from lowprec.onnx.targeted import Written
+    from lowprec.onnx.windows import Text
 
 SOURCE = "onnxruntime-qnn 2.7, supported ONNX operators"
 OPERATORS = names(
@@ -54,10 +54,10 @@ PROVIDER = "QNNExecutionProvider"
 
 def write(request: Request) -> "OnnxArtefact":
     """See the module's docstring."""
-    return through_graph("qnn", request, partial(_quantize, request, request.sizes), VERIFIED)
+    return through_graph("qnn", request, partial(_quantize, request), VERIFIED)
 
 
-def _quantize(request: Request, sizes: "Sizes", graph: "Graph", source: "Source", file: Path) -> "Written":
+def _quantize(request: Request, graph: "Graph", source: "Source", text: "Text", file: Path) -> "Written":
     import onnx
 
     from lowprec.artifacts.loading import read_back
@@ -66,10 +66,9 @@ def _quantize(request: Request, sizes: "Sizes", graph: "Graph", source: "Source"
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.static_qdq import quantize_graph
     from lowprec.onnx.targeted import Written
-    from lowprec.onnx.windows import deviation, text_of
 
     activations, weights = FORMS[request.form]
-    text = text_of(source.path, graph.kind, request.inputs, sizes)
+    sizes = request.sizes
     planned = place_dense(graph, read_back(source.path))
     fix_sizes(graph, sizes)
     made = quantize_graph(graph, planned, text, file, activation_bits=activations, weight_bits=weights)
@@ -84,7 +83,7 @@ def _quantize(request: Request, sizes: "Sizes", graph: "Graph", source: "Source"
     return Written(
         layers=len([name for name in (*made.kept, *made.again) if name in planned]),
         notes=tuple(notes),
-        deviation=deviation(file, source.module, text),
+        rounds=True,
     )
 
 

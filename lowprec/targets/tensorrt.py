@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact, Source
     from lowprec.onnx.graph import Graph
     from lowprec.onnx.targeted import Written
+    from lowprec.onnx.windows import Text
 
 SOURCE = "onnx-tensorrt docs/operators.md, TensorRT 10.15"
 OPERATORS = names(
@@ -52,7 +53,7 @@ def write(request: Request) -> "OnnxArtefact":
     return through_graph("tensorrt", request, partial(_make, request), VERIFIED)
 
 
-def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Written":
+def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file: Path) -> "Written":
     import onnx
     import onnx_ir as ir
 
@@ -66,7 +67,6 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.rounded_inputs import LARGEST, round_inputs
     from lowprec.onnx.targeted import Written
-    from lowprec.onnx.windows import deviation, text_of
 
     solved = read_back(source.path)
     if crooked := [n for n, w in solved.items() if not WEIGHT_FORMATS[w.format].symmetric]:
@@ -74,7 +74,6 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
             "TensorRT takes zero points of 0 alone",
             (f"{crooked[0]} and {len(crooked) - 1} more have others: run lowprec calibrate without int4-asym",),
         )
-    text = text_of(source.path, graph.kind, request.inputs)
     rewritten = to_canonical(graph, solved)
     float_cumsum(graph)
     tidy(graph)
@@ -98,7 +97,7 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
         )
     notes += unrounded(s for s in source.schemes.values() if str(s.weight).startswith("int4"))
     notes.append(FLOAT_WEIGHTS)
-    return Written(layers=len(rewritten.layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
+    return Written(layers=len(rewritten.layers), notes=tuple(notes), rounds=bool(rounded))
 
 
 EXPORTERS.register("tensorrt", Exporter(name="tensorrt", forms=("qdq",), write=write))

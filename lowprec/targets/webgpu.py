@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact, Source
     from lowprec.onnx.graph import Graph
     from lowprec.onnx.targeted import Written
+    from lowprec.onnx.windows import Text
 
 OPERATORS = names(
     """Abs Acos Acosh Add ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Clip Concat Conv
@@ -41,7 +42,7 @@ def write(request: Request) -> "OnnxArtefact":
     return through_graph("webgpu", request, partial(_make, request), VERIFIED)
 
 
-def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Written":
+def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file: Path) -> "Written":
     import onnx
     import onnx_ir as ir
 
@@ -53,7 +54,6 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
     from lowprec.onnx.operators import name_of, nodes_of
     from lowprec.onnx.targeted import Written
-    from lowprec.onnx.windows import deviation, text_of
 
     layers = replace_products(graph, read_back(source.path), partial(matmul_nbits, accuracy_level=EXACT))
     graph.model.opset_imports[DOMAIN] = 1
@@ -64,8 +64,7 @@ def _make(request: Request, graph: "Graph", source: "Source", file: Path) -> "Wr
     if elsewhere:
         notes.append(f"{', '.join(elsewhere)}: not in WebGPU's list, so the CPU of the browser runs them")
     notes.append(FLOAT_WEIGHTS)
-    text = text_of(source.path, graph.kind, request.inputs)
-    return Written(layers=len(layers), notes=tuple(notes), deviation=deviation(file, source.module, text))
+    return Written(layers=len(layers), notes=tuple(notes), rounds=False)
 
 
 EXPORTERS.register("webgpu", Exporter(name="webgpu", forms=("nbits",), write=write))
