@@ -73,7 +73,9 @@ def unround(graph: onnx.GraphProto) -> None:
         # A row of zeros would be 0 / 0, which a code hides and a float does not.
         share.input[1] = _raised(made, share, least.name)
         weight = f"{node.output[0]}.weight"
-        made.append(onnx.helper.make_node("DequantizeLinear", [codes, scale], [weight], axis=1))
+        # Not DequantizeLinear: onnxruntime would pack its codes anew, which it cannot where they are the outer graph's.
+        made.append(onnx.helper.make_node("Cast", [codes], [f"{weight}.codes"], to=onnx.TensorProto.FLOAT))
+        made.append(onnx.helper.make_node("Mul", [f"{weight}.codes", scale], [weight]))
         made.append(onnx.helper.make_node("MatMul", [share.output[0], weight], list(node.output)))
     del graph.node[:]
     graph.node.extend(made)
