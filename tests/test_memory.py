@@ -24,6 +24,12 @@ def test_the_peak_is_the_programs_own_and_not_that_of_who_started_it() -> None:
     assert 0 < found < len(held) / 2
 
 
+def test_a_system_that_does_not_say_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: "Name: python\nVmRSS: 1 kB\n")
+    assert memory.peak_memory_bytes() > 10 * MB
+
+
 @LINUX
 def test_what_is_free_between_small_tensors_goes_back() -> None:
     # Of a size that glibc does not map by itself once it has seen larger ones freed.

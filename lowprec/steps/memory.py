@@ -32,8 +32,9 @@ def peak_memory_bytes() -> int:
     `getrusage` outlives exec on Linux: of a program that a larger one has started it gives that one's peak.
     """
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    # Some sandboxes have the file without this line.
+    if status.exists() and (found := status.read_text().partition("VmHWM:")[2].split()):
+        return int(found[0]) * 1024
     # In bytes on macOS, in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
