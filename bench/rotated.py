@@ -33,6 +33,7 @@ def main(
     fresh = type(loaded.module)(config).to(loaded.dtype)
     fresh.load_state_dict(loaded.module.state_dict())
     rotate(fresh, basis, orthogonal(basis.width, seed))
+    fresh.config.tie_word_embeddings = False
     fresh.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
 

@@ -20,7 +20,7 @@ from lowprec.errors import UnsupportedError
 from lowprec.pipeline import summarise
 from lowprec.steps.load import Model, decoder_forward, load, sentence_forward, wrap
 from lowprec.steps.measure import run_through
-from lowprec.steps.rotate import EXACT, REFUSED, exact_copy, hidden_basis, turned, turning_of
+from lowprec.steps.rotate import EXACT, REFUSED, exact_norms_, hidden_basis, turned, turning_of
 from lowprec.steps.stream import Forward, Stream
 from lowprec.steps.tokens import Batch
 from lowprec.transforms import Merge
@@ -41,6 +41,13 @@ def batch(seed: int = 0) -> Batch:
 
 def found(model: nn.Module, forward: Forward = decoder_forward) -> HiddenBasis:
     return hidden_basis(Stream(model, forward, batch()), batch())
+
+
+def exact_copy(model: nn.Module, basis: HiddenBasis) -> Any:
+    """A copy that computes in float64 throughout."""
+    made = copy.deepcopy(model).double()
+    exact_norms_(made, basis)
+    return made
 
 
 def decoder(name: str) -> Any:

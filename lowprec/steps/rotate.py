@@ -1,11 +1,12 @@
 """Turns a model: finds where its hidden states are read and written, and where heads are, and gives them other bases.
 
 No architecture is known by name: one forward pass shows which norms the layers read and which layers write. Whether the
-model has such a basis at all is tried, on a copy in float64: models with a norm that takes means (LayerNorm), with a
-norm on what is added (Gemma), or with positions that are learned have none. Where values go to an output projection is
-tried in each block alone (`lowprec.steps.places`).
+model has such a basis at all is tried, in float64, one block at a time: models with a norm that takes means
+(LayerNorm), with a norm on what is added (Gemma), or with positions that are learned have none. Where values go to an
+output projection is tried in each block alone (`lowprec.steps.places`).
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ from lowprec.records import digest
 from lowprec.steps.linear import output_width
 from lowprec.steps.load import Model, Original
 from lowprec.steps.places import Places, heads_of
-from lowprec.steps.stream import Forward, Stream
+from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
 from lowprec.transforms import Merge
 from lowprec.transforms.rotation import HiddenBasis, Turning, gain_of, orthogonal, rotate_heads
@@ -49,8 +50,9 @@ def turned(model: Model, seed: int = 0) -> Model:
         turning = turning_of(Stream(model.module, model.forward, EXAMPLE), EXAMPLE)
     except UnsupportedError as error:
         raise UnsupportedError(REFUSED, (*error.reasons, REMEDY)) from error
-    module = copy.deepcopy(model.module).float()
+    module: Any = copy.deepcopy(model.module).float()
     turning.apply(module, seed)
+    module.config.tie_word_embeddings = False
     return dataclasses.replace(
         model,
         module=module,
@@ -70,7 +72,7 @@ def turning_of(stream: Stream, example: Any) -> Turning:
     basis = hidden_basis(stream, example)
     turning = Turning(basis=basis, heads=_heads(stream, example))
     # Another block might read what a head gives.
-    exact = _change(stream.module, stream.forward, example, turning) <= EXACT
+    exact = _change(stream, example, turning) <= EXACT
     return turning if exact else Turning(basis=basis)
 
 
@@ -86,11 +88,13 @@ def hidden_basis(stream: Stream, example: Any) -> HiddenBasis:
     width = int(stream.tables[embeddings[0]].weight.shape[1])
     if not (norms := _norms(stream, example, width)):
         raise UnsupportedError(REFUSED, ("its layers read no norm that has a weight and nothing else",))
+    if apart := [n for n, readers in norms.items() if {stream.block_of(r) for r in readers} != {stream.block_of(n)}]:
+        raise UnsupportedError(REFUSED, (f"{apart[0]} is read in another block than its own",))
     reading = {name for readers in norms.values() for name in readers}
     inside = (name for name in stream.layers if stream.block_of(name) is not None)
     writers = tuple(n for n in inside if n not in reading and output_width(stream.layers[n]) == width)
     basis = HiddenBasis(width=width, embeddings=embeddings, norms=tuple(norms.items()), writers=writers)
-    change = _change(stream.module, stream.forward, example, Turning(basis=basis))
+    change = _change(stream, example, Turning(basis=basis))
     if not change <= EXACT:
         raise UnsupportedError(REFUSED, (f"turned in float64, its outputs change by {change:.1e} of the largest",))
     return basis
@@ -145,32 +149,63 @@ class _Norm64(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def exact_copy(module: nn.Module, basis: HiddenBasis) -> Any:
-    """A copy that computes in float64 throughout.
+def exact_norms_(module: nn.Module, basis: HiddenBasis) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Puts norms that compute in float64 into their places in a model in float64; returns (parent, name, norm) of each.
 
     Raises:
         UnsupportedError: a norm is none of the root of the mean square.
     """
-    made = copy.deepcopy(module).double()
+    replaced = []
     for name, _ in basis.norms:
-        norm = made.get_submodule(name)
+        norm = module.get_submodule(name)
         exact = _Norm64(norm)
         x = torch.linspace(-1, 2, basis.width, dtype=torch.float64)
         if not torch.allclose(norm(x).double(), exact(x), rtol=1e-4, atol=1e-5):
             raise UnsupportedError(REFUSED, (f"{name} is no norm of the root of the mean square",))
         parent, _, child = name.rpartition(".")
-        setattr(made.get_submodule(parent), child, exact)
-    return made
+        replaced.append((module.get_submodule(parent), child, norm))
+    for parent_module, child, norm in replaced:
+        setattr(parent_module, child, _Norm64(norm))
+    return replaced
 
 
-def _change(module: nn.Module, forward: Forward, example: Any, turning: Turning) -> float:
-    """Largest change of an output in float64, relative to the largest output."""
-    with torch.no_grad():
-        turned = exact_copy(module, turning.basis)
-        before = forward(turned, example)
-        turning.apply(turned)
-        after = forward(turned, example)
-    return _relative(after, before)
+def _change(stream: Stream, example: Any, turning: Turning) -> float:
+    """Largest change of an output in float64, relative to the largest output; one block at a time is in memory.
+
+    Raises:
+        UnsupportedError: a norm is none of the root of the mean square.
+    """
+    parts = [turning.within(functools.partial(_lies_in, stream, index)) for index in (None, *range(stream.depth))]
+    outside, blocks = parts[0], parts[1:]
+    with torch.no_grad(), stream.computing(torch.float64):
+        with stream.outer(), _exact(stream, outside):
+            before, calls = stream.enter(example)
+            outside.apply(stream.module)
+            after, turned_calls = stream.enter(example)
+        for index, here in enumerate(blocks):
+            with stream.block(index), _exact(stream, here):
+                before = stream.run(index, before, calls[index])
+                here.apply(stream.module)
+                after = stream.run(index, after, turned_calls[index])
+        with stream.outer(), _exact(stream, outside):
+            expected = stream.leave(before, example)
+            outside.apply(stream.module)
+            return _relative(stream.leave(after, example), expected)
+
+
+def _lies_in(stream: Stream, index: int | None, name: str) -> bool:
+    return stream.block_of(name) == index
+
+
+@contextlib.contextmanager
+def _exact(stream: Stream, part: Turning) -> Iterator[None]:
+    """A part of the model that is materialised in float64 with norms in float64, too, as they were afterwards."""
+    replaced = exact_norms_(stream.module, part.basis)
+    try:
+        yield
+    finally:
+        for parent, child, norm in replaced:
+            setattr(parent, child, norm)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -208,11 +243,11 @@ class _Turned(Places):
     def holds(self, place: Merge, expected: Tensor) -> bool:
         """Whether a rotation cancels."""
         module = self._stream.module
-        changed = [p for name in (place.source, *place.consumers) for p in module.get_submodule(name).parameters()]
-        kept = [p.clone() for p in changed]
+        tables = [module.get_submodule(name)._parameters for name in (place.source, *place.consumers)]
+        kept = [dict(table) for table in tables]
         rotate_heads(module, place, orthogonal(place.head))
         try:
             return _relative(self._run(), expected) <= EXACT
         finally:
-            for parameter, before in zip(changed, kept, strict=True):
-                parameter.copy_(before)
+            for table, before in zip(tables, kept, strict=True):
+                table.update(before)

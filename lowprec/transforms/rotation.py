@@ -29,14 +29,17 @@ instead of +8.9 %.
 Left out: rotations that a runtime would have to compute (QuaRot's R3 and R4, of queries, keys and the input of down).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lowprec.runtime.convert import stored_weight, weight_of
 from lowprec.transforms.merge import Merge
+
+PART = 4_096
+"""Rows that are in float64 at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,16 @@ class Turning:
         for number, place in enumerate(self.heads):
             rotate_heads(module, place, orthogonal(place.head, seed + number))
 
+    def within(self, holds: Callable[[str], bool]) -> "Turning":
+        """What of it lies in a part of the model, which is told by the names of the modules that it holds."""
+        basis = replace(
+            self.basis,
+            embeddings=tuple(filter(holds, self.basis.embeddings)),
+            norms=tuple((norm, readers) for norm, readers in self.basis.norms if holds(norm)),
+            writers=tuple(filter(holds, self.basis.writers)),
+        )
+        return Turning(basis=basis, heads=tuple(place for place in self.heads if holds(place.source)))
+
 
 def orthogonal(width: int, seed: int = 0) -> Tensor:
     """[width, width] float64: the Hadamard matrix of the largest power of two, a random rest, and random signs."""
@@ -93,22 +106,21 @@ def _hadamard(size: int) -> Tensor:
 def rotate(module: nn.Module, basis: HiddenBasis, rotation: Tensor) -> None:
     """Turns the hidden states of `module` by `rotation` [width, width] float64, in place, in the weights' own dtype.
 
-    A head that is tied to an embedding gets a weight of its own.
+    Weights are replaced, not overwritten: one that is tied to another is parted from it.
     """
-    _untie(module, basis)
     for name, readers in basis.norms:
         gain = _take_gain(module.get_submodule(name))
         for reader in readers:
             layer = module.get_submodule(reader)
-            _set(layer, (weight_of(layer).double() * gain) @ rotation)
+            _set(layer, _rows_times(weight_of(layer), gain[:, None] * rotation))
     for name in basis.writers:
         layer = module.get_submodule(name)
         _set(layer, rotation.T @ weight_of(layer).double())
         if isinstance(bias := getattr(layer, "bias", None), Tensor):
-            bias.copy_(rotation.T @ bias.double())
+            _replace(layer, "bias", rotation.T @ bias.detach().double())
     for name in basis.embeddings:
         table = module.get_submodule(name)
-        _set(table, weight_of(table).double() @ rotation)
+        _set(table, _rows_times(weight_of(table), rotation))
 
 
 @torch.no_grad()
@@ -120,22 +132,21 @@ def rotate_heads(module: nn.Module, place: Merge, rotation: Tensor) -> None:
     whole[rows] = (rotation.T @ whole[rows].view(-1, head, whole.shape[1])).flatten(0, 1)
     _set(source, whole)
     if isinstance(bias := getattr(source, "bias", None), Tensor):
-        bias[rows] = (bias[rows].double().view(-1, head) @ rotation).flatten().to(bias.dtype)
+        given = bias.detach().to(torch.float64, copy=True)
+        given[rows] = (given[rows].view(-1, head) @ rotation).flatten()
+        _replace(source, "bias", given)
     for name in place.consumers:
         layer = module.get_submodule(name)
         weight = weight_of(layer).double()
         _set(layer, (weight.reshape(len(weight), -1, head) @ rotation).flatten(1))
 
 
-def _untie(module: nn.Module, basis: HiddenBasis) -> None:
-    tables = {id(module.get_submodule(name).weight) for name in basis.embeddings}
-    for reader in (name for _, readers in basis.norms for name in readers):
-        layer = module.get_submodule(reader)
-        if id(layer.weight) in tables:
-            layer.weight = nn.Parameter(_weight(layer).detach().clone(), requires_grad=False)
-    config: Any = getattr(module, "config", None)
-    if config is not None:
-        config.tie_word_embeddings = False
+def _rows_times(weight: Tensor, right: Tensor) -> Tensor:
+    """weight [N, K] @ right [K, K] float64, in the weight's dtype; a part of the rows of a vocabulary at a time."""
+    made = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for rows, into in zip(torch.split(weight, PART), torch.split(made, PART), strict=True):
+        into.copy_(rows.double() @ right)
+    return made
 
 
 def gain_of(norm: nn.Module) -> Tensor:
@@ -146,7 +157,7 @@ def gain_of(norm: nn.Module) -> Tensor:
 def _take_gain(norm: nn.Module) -> Tensor:
     """The norm's gain; it is left with one of 1."""
     gain = gain_of(norm)
-    _weight(norm).fill_(1.0 - _offset(norm))
+    _replace(norm, "weight", torch.full_like(gain, 1.0 - _offset(norm)))
     return gain
 
 
@@ -167,5 +178,9 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _set(layer: nn.Module, weight: Tensor) -> None:
-    target = _weight(layer)
-    target.copy_(stored_weight(layer, weight).to(target.dtype))
+    _replace(layer, "weight", stored_weight(layer, weight))
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    dtype = getattr(module, name).dtype
+    module._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
