@@ -155,7 +155,10 @@ class SchemeShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupChoice:
-    """One group's place in the picture (block x role) and its scheme."""
+    """One group's place in the picture (block x role), its scheme, and what computes it where the target has phases.
+
+    `prefill_kernel` and `decode_kernel` are empty for groups that nothing multiplies.
+    """
 
     group: str
     block: int | None
@@ -164,6 +167,8 @@ class GroupChoice:
     parameters: int
     predicted_kl_nats: float
     cost: float
+    prefill_kernel: str = ""
+    decode_kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

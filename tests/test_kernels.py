@@ -29,8 +29,10 @@ def _positive(*shape: int, seed: int = 0) -> Tensor:
     return values.to(torch.bfloat16).to(torch.float32)
 
 
-def operands(weight: str, n: int, k: int, group: int = 32, *, bias: bool = True, static: bool = False) -> Operands:
-    """Random operands of any kind."""
+def operands(
+    weight: str, n: int, k: int, group: int = 32, *, bias: bool = True, static: bool = False, by_rows: bool = False
+) -> Operands:
+    """Random operands of any kind; `by_rows`: INT4 that is INT8 with one scale for a row, too."""
     shared = {
         "bias": _random(n, seed=9).to(torch.bfloat16) if bias else None,
         "activation_scale": torch.tensor(0.02) if static else None,
@@ -42,8 +44,13 @@ def operands(weight: str, n: int, k: int, group: int = 32, *, bias: bool = True,
     if weight == "fp8":
         codes = (_random(n, k, seed=1) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Operands(weight="fp8", codes=codes, scale=_positive(n, 1), **shared)
-    codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    return Operands(weight="int4", codes=pack_int4(codes), scale=_positive(n, k // group), group_size=group, **shared)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
+    scale, multiples = _positive(n, k // group), None
+    if by_rows:
+        multiples = torch.randint(1, 16, scale.shape, generator=generator, dtype=torch.int8)
+        scale = multiples * (torch.randint(8, 16, (n, 1), generator=generator) / 1024)
+    return Operands(weight="int4", codes=pack_int4(codes), scale=scale, group_size=group, multiples=multiples, **shared)
 
 
 def relative_error(y: Tensor, truth: Tensor) -> float:
@@ -144,7 +151,7 @@ def test_kernel_contract(k_: Kernel) -> None:
     for (m, n, k), dtype, static in itertools.product(SHAPES, (torch.float32, torch.bfloat16), (False, True)):
         if static and k_.activation is None:
             continue
-        weight = operands(k_.weight, n, k, group, static=static, bias=n != 48)
+        weight = operands(k_.weight, n, k, group, static=static, bias=n != 48, by_rows=k_.by_rows)
         reason = k_.supports(m, n, k, weight.group_size)
         if reason is not None:
             assert len(reason) > 10
@@ -170,7 +177,7 @@ def _off_the_line(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("k_", ON_CPU, ids=_label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_take_tensors_from_anywhere(k_: Kernel, dtype: torch.dtype) -> None:
-    weight = operands(k_.weight, 48, 128)
+    weight = operands(k_.weight, 48, 128, by_rows=k_.by_rows)
     if k_.supports(8, 48, 128, weight.group_size) is None:
         x = _random(8, 128, seed=7).to(dtype)
         placed = dataclasses.replace(weight, codes=_off_the_line(weight.codes))
@@ -182,7 +189,7 @@ def test_kernel_survives_extremes(k_: Kernel) -> None:
     n, k = 16, 512
     if k_.supports(2, n, k, 32) is not None:
         pytest.skip(str(k_.supports(2, n, k, 32)))
-    weight = operands(k_.weight, n, k, bias=False)
+    weight = operands(k_.weight, n, k, bias=False, by_rows=k_.by_rows)
     largest = {"int8": 127, "fp8": 448, "bf16": 3.0}.get(k_.weight)
     if largest is None:
         extreme = pack_int4(torch.full((n, k), -8, dtype=torch.int8))
@@ -205,8 +212,9 @@ def test_kernel_survives_extremes(k_: Kernel) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("activation", [None, "int8", "fp8"])
 def test_int4_kernels_take_every_group_size(activation: str | None, group: int) -> None:
-    weight, x = operands("int4", 32, 256, group), _random(5, 256)
+    x = _random(5, 256)
     for form in kernels_for("int4", activation, "cpu").values():
+        weight = operands("int4", 32, 256, group, by_rows=form.by_rows)
         assert form.supports(5, 32, 256, group) is None
         y = form.run(form.prepare(weight), x)
         assert relative_error(y, slow.linear64(weight, form.activation, x)) <= TOLERANCE
@@ -230,6 +238,16 @@ def test_large_matrices_are_dequantised_in_blocks(monkeypatch: pytest.MonkeyPatc
     whole = form.run(form.prepare(weight), x)
     monkeypatch.setattr(cpu, "BLOCK_WEIGHTS", 64 * 7)
     torch.testing.assert_close(form.run(form.prepare(weight), x), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_codes_by_rows_are_made_in_blocks_and_summed_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = operands("int4", 50, 64, by_rows=True, bias=False), _random(3, 64)
+    form = kernels_for("int4", "int8", "cpu")["int-mm-rows"]
+    whole = form.run(form.prepare(weight), x)
+    monkeypatch.setattr(cpu, "BLOCK_WEIGHTS", 64 * 7)
+    assert torch.equal(form.run(form.prepare(weight), x), whole)
+    with pytest.raises(ValueError, match="multiples of a step"):
+        form.prepare(operands("int4", 50, 64))
 
 
 def test_fake_quantised_codes_match_the_op() -> None:
@@ -262,7 +280,7 @@ def test_every_pair_of_formats_has_a_slow_form_that_calls_its_reference(monkeypa
     monkeypatch.setattr(ops, "OPS", {})
     for weight, activation in pairs:
         form = kernels_for(weight, activation, "cpu")["reference"]
-        form.run(form.prepare(operands(weight, 16, 32)), _random(2, 32))
+        form.run(form.prepare(operands(weight, 16, 32, by_rows=form.by_rows)), _random(2, 32))
         assert weight == "bf16" or called[-1] == ops.GEMMS[weight, activation]
 
 

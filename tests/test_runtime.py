@@ -35,7 +35,7 @@ def quantize(w: Tensor, scheme: Scheme) -> QuantizedWeight:
     assert weight is not None
     fmt = WEIGHT_FORMATS[weight]
     slabs = w.reshape(w.shape[0], -1, fmt.group_size or w.shape[1])
-    scale = fmt.fit_scale(slabs)
+    scale = fmt.store_scales(fmt.fit_scale(slabs).squeeze(-1)).unsqueeze(-1)
     codes = fmt.round(slabs, scale, fmt.fit_lowest(slabs, scale)).reshape(w.shape).to(fmt.code_dtype)
     return QuantizedWeight(format=weight, codes=codes, scale=scale.squeeze(-1))
 

@@ -15,6 +15,8 @@
     int-mm            int8      int8           torch._int_mm, exact int32 sums
     int4pack          int4      -              _weight_int4pack_mm_for_cpu on bfloat16 activations
     int4pack-codes    int4      int8           the same operator fed with activation codes
+    int-mm-rows       int4      int8           int-mm on INT8 codes that are made of a block of rows per call; for
+                                               scales of two levels (`Operands.multiples`) alone
 
 Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits: 2 x 255 x 127 saturates, silently. `_saturates` asks
 the processor once and `qlinear-u8` is then refused with that reason; 2 x 127 x 127 fits, hence the split form.
@@ -73,6 +75,13 @@ def _linear_fp32(state: State, x: Tensor) -> Tensor:
     return F.linear(x.to(torch.float32), state.tensors[0], None if bias is None else bias.to(torch.float32))
 
 
+def _blocks(operands: Operands) -> list[slice]:
+    """Rows, as many at a time as a block has."""
+    blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
+    rows = math.ceil(operands.n / blocks)
+    return [slice(start, start + rows) for start in range(0, operands.n, rows)]
+
+
 def _block(operands: Operands, rows: slice, dtype: torch.dtype) -> Tensor:
     """Rows as a matrix to multiply with: scaled when scales are per group, bare codes otherwise."""
     codes = operands.codes[rows]
@@ -102,12 +111,7 @@ def _dequantizing(weight: WeightKind, activation: ActivationKind | None, dtype: 
         operands = state.operands
         values, row_scale = _input(state, x, activation)
         values = values.to(dtype)
-        blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
-        rows = math.ceil(operands.n / blocks)
-        parts = [
-            F.linear(values, _block(operands, slice(start, start + rows), dtype))
-            for start in range(0, operands.n, rows)
-        ]
+        parts = [F.linear(values, _block(operands, rows, dtype)) for rows in _blocks(operands)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return _finish(y, row_scale, _column_scale(operands), operands.bias)
 
@@ -235,6 +239,27 @@ def _compute_int_mm(state: State, x: Tensor) -> Tensor:
     return _finish(sums, row_scale, _column_scale(state.operands), state.operands.bias)
 
 
+def _compute_int_mm_rows(state: State, x: Tensor) -> Tensor:
+    operands = state.operands
+    codes, row_scale = _input(state, x, "int8")
+    left = codes.to(torch.int8)
+    parts = [torch.ops.aten._int_mm(left, _in_rows(operands, rows).t()) for rows in _blocks(operands)]
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return _finish(sums, row_scale, state.tensors[0], operands.bias)
+
+
+def _in_rows(operands: Operands, rows: slice) -> Tensor:
+    """Rows of INT4 codes whose scales are of two levels, as INT8 codes [R, K]."""
+    assert operands.multiples is not None
+    multiples = operands.multiples[rows]
+    codes = unpack_int4(operands.codes[rows], operands.k).view(*multiples.shape, -1)
+    return (codes * multiples[..., None]).flatten(1)
+
+
+def _steps_layout(operands: Operands) -> tuple[Tensor, ...]:
+    return (operands.steps(),)
+
+
 def _kernel(
     name: str,
     weight: WeightKind,
@@ -243,6 +268,7 @@ def _kernel(
     compute: Callable[[State, Tensor], Tensor],
     layout: Callable[[Operands], tuple[Tensor, ...]] = _as_stored,
     check: Callable[[int, int, int | None], str | None] = _always,
+    by_rows: bool = False,
 ) -> Kernel:
     return Kernel(
         name=name,
@@ -253,6 +279,7 @@ def _kernel(
         check=check,
         layout=layout,
         compute=compute,
+        by_rows=by_rows,
     )
 
 
@@ -276,5 +303,6 @@ KERNELS: tuple[Kernel, ...] = (
     _int4pack(None),
     _dequantizing("int4", "int8", torch.float32),
     _int4pack("int8"),
+    _kernel("int-mm-rows", "int4", "int8", 0.5, _compute_int_mm_rows, _steps_layout, _check_int_mm, by_rows=True),
     _dequantizing("int4", "fp8", torch.float32),
 )

@@ -37,6 +37,8 @@ class Operands:
         codes: [N, K] bfloat16 (bf16), int8 or float8_e4m3fn, or [N, words_for(K)] int32 (int4, see `packing.py`).
         scale: [N, 1] or, int4, [N, K/G] float32 that holds bfloat16 values; None for bf16.
         group_size: int4 alone: G, the columns that share a scale.
+        multiples: int4 alone, and only where the scales of each row are whole multiples, 1 to 15, of one step: those,
+            [N, K/G] int8. Codes times multiples are then INT8 codes of the same weight, with the step for a scale.
         zero: int4 alone: [N, K/G] int8, the code (in [-8, 7]) that stands for zero in each group; None for 0.
         bias: [N] or None.
         activation_scale: calibrated scale of the activations (scalar), None when they are scaled per token.
@@ -49,6 +51,7 @@ class Operands:
     activation_scale: Tensor | None = None
     zero: Tensor | None = None
     group_size: int | None = None
+    multiples: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -59,6 +62,12 @@ class Operands:
     def k(self) -> int:
         """Input width."""
         return self.codes.shape[1] if self.group_size is None else self.scales().shape[1] * self.group_size
+
+    def steps(self) -> Tensor:
+        """[N] float32: of each row the step that its scales are multiples of."""
+        if self.multiples is None:
+            raise ValueError("the scales of these weights are no multiples of a step")
+        return self.scales()[:, 0] / self.multiples[:, 0]
 
     def scales(self) -> Tensor:
         """`scale`, which every quantised weight has."""
@@ -87,6 +96,7 @@ class Kernel:
         check: (n, k, group_size) -> None, or why it cannot run.
         layout: operands -> the tensors it computes from.
         compute: (state, x [M, K] contiguous, M > 0) -> [M, N] float; bias included.
+        by_rows: whether it needs weights that are INT8 by rows as well (`Operands.multiples`).
     """
 
     name: str
@@ -97,6 +107,7 @@ class Kernel:
     check: Callable[[int, int, int | None], str | None]
     layout: Callable[[Operands], tuple[Tensor, ...]]
     compute: Callable[[State, Tensor], Tensor]
+    by_rows: bool = False
 
     def supports(self, m: int, n: int, k: int, group_size: int | None = None) -> str | None:
         """None if x[m, k] @ w[n, k]^T can be computed, else the reason."""
@@ -110,6 +121,8 @@ class Kernel:
             raise ValueError(f"{self.name} computes {self.weight} weights, not {operands.weight}")
         if operands.zero is not None and self.activation is not None:
             raise ValueError(f"{self.name} computes symmetric weights, these have zero points")
+        if self.by_rows and operands.multiples is None:
+            raise ValueError(f"{self.name} computes weights whose scales are multiples of a step of their row")
         return State(operands=operands, tensors=self.layout(operands))
 
     def run(self, state: State, x: Tensor) -> Tensor:

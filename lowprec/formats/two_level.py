@@ -68,19 +68,35 @@ def multipliers(scale: Tensor) -> Tensor:
     return found
 
 
+def is_by_rows(fmt: str | None) -> bool:
+    """Whether weights in the format called `fmt` are INT8 by rows as well."""
+    return fmt is not None and isinstance(WEIGHT_FORMATS[fmt], TwoLevelInteger)
+
+
+def stored_multiples(fmt: str, scale: Tensor) -> Tensor | None:
+    """Scales [N, groups] of a weight in `fmt` -> what kernels need of them, [N, groups] int8; None: other formats."""
+    return _whole(scale).to(torch.int8) if is_by_rows(fmt) else None
+
+
 def in_rows(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight [N, K] in INT8, one scale for a row.
 
     Raises:
         UnsupportedError: its scales are not of two levels.
     """
-    whole = multipliers(weight.scale)
-    if bool((whole == 0).any()):
-        raise UnsupportedError("weights are not INT8 by rows", ("their scales are not whole multiples of a step",))
+    whole = _whole(weight.scale)
     n, k = weight.codes.shape
     codes = (weight.codes.view(n, whole.shape[1], -1) * whole[..., None]).to(torch.int8).view(n, k)
     step = weight.scale[:, :1].double() / whole[:, :1]
     return QuantizedWeight(format="int8", codes=codes, scale=step.float(), exponents=weight.exponents)
+
+
+def _whole(scale: Tensor) -> Tensor:
+    """Multipliers of scales that must be of two levels."""
+    found = multipliers(scale)
+    if bool((found == 0).any()):
+        raise UnsupportedError("weights are not INT8 by rows", ("their scales are not whole multiples of a step",))
+    return found
 
 
 def _four_bits(x: Tensor) -> Tensor:

@@ -3,14 +3,17 @@
 Whole models are compared by KL, beside the noise that computing the scored model in bfloat16 alone makes:
 
     loaded    the artefact as it was loaded for the verdict, dense in float32
-    runtime   what the cost is measured on: a runtime with files of its own, from these (also the tokens that it
-              generates); else our kernels on the codes, the model around them as it is stored
+    runtime   what the cost is measured on: a runtime with files of its own, from these; else our kernels on the codes,
+              the model around them as it is stored
     plain     transformers alone in bfloat16, which rounds INT8 activations by 127.5 (told, not demanded)
+
+Decoders also generate there, token by token. Decode may be computed otherwise than whole texts, by forms for few rows:
+where our own leave inputs unrounded for so few, they are held against the scored model without that rounding.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from lowprec.steps.memory import give_back_memory
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
 from lowprec.targets import RuntimeTarget
+from lowprec.targets.torch import Cached
 
 LOADED_TOKENS = 1_024
 NOISE_TOKENS = 512
@@ -54,7 +58,13 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
         noisy = Stream(model.module, model.forward, example(prepared.splits), stream.device, torch.bfloat16)
         noise = kl_between(context, few, expected, outputs_of(run_through(noisy, few, overlay), few))
         with optimised(chosen, loaded.artefact, loaded.served) as module:
-            runtime = kl_between(context, few, expected, forwarded(context, module, few))
+            found = [_ran(context, module, batch) for batch in few]
+            texts = _generate(chosen, module)
+        for index, (_, unrounded) in enumerate(found):
+            if unrounded:
+                exact = {**overlay, **{layer: replace(overlay[layer], activation=None) for layer in unrounded}}
+                (expected[index],) = outputs_of(run_through(stream, [few[index]], exact), [few[index]])
+        runtime = kl_between(context, few, expected, (output for output, _ in found))
         return ParityResult(
             codes_equal=equal,
             max_layer_error=_worst_layer(chosen, back),
@@ -62,7 +72,7 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
             noise_kl_nats=noise,
             runtime_kl_nats=runtime,
             plain_kl_nats=_plain(chosen, loaded, few, expected),
-            **dataclasses.asdict(_generated(chosen, loaded)),
+            **dataclasses.asdict(_compared(chosen, texts)),
         )
 
 
@@ -107,45 +117,93 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
     return found
 
 
+def _ran(context: Context, module: nn.Module, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
+    """The output for a batch, and the layers of ours that left inputs as they are though their scheme rounds them."""
+    unrounded: list[str] = []
+
+    def noted(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, QuantLinear)
+            if layer.scheme.activation is not None and layer.kernel_of(args[0]).activation is None:
+                unrounded.append(name)
+
+        return hook
+
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantLinear)]
+    handles = [layer.register_forward_pre_hook(noted(name)) for name, layer in layers]
+    try:
+        (output,) = forwarded(context, module, [batch])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, tuple(unrounded)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Generated:
-    """What a runtime of its own makes token by token; see `ParityResult`."""
+    """What a runtime makes token by token; see `ParityResult`."""
 
     token_match: float | None = None
     decode_kl_nats: float | None = None
     scored_kl_nats: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    """Texts that were gone on with: ids [B, prompt + made], and the logits [B, made, V] of what was made."""
+
+    ids: Tensor
+    logits: Tensor
+
+
 @torch.no_grad()
-def _generated(chosen: Chosen, loaded: Loaded) -> _Generated:
-    """Greedily, with the runtime's cache, from prompts out of tuning text; nothing where the runtime is torch."""
-    prepared = chosen.prepared
-    prompts = [ids[:PROMPT_TOKENS] for ids in prepared.splits.tuning.ids if len(ids) >= PROMPT_TOKENS][:PROMPTS]
-    if loaded.served is None or prepared.context.model.kind != "decoder" or not prompts:
+def _generate(chosen: Chosen, module: nn.Module) -> list[_Text]:
+    """Greedily, with the runtime's cache, from prompts out of tuning text, as many at once as the workload decodes."""
+    context = chosen.prepared.context
+    if context.model.kind != "decoder":
+        return []
+    prompts = [ids[:PROMPT_TOKENS] for ids in chosen.prepared.splits.tuning.ids if len(ids) >= PROMPT_TOKENS][:PROMPTS]
+    forward, found = Cached(module), []
+    for first in range(0, len(prompts), context.settings.workload.decode_m):
+        given = whole = torch.stack(prompts[first : first + context.settings.workload.decode_m])
+        cache, steps = None, []
+        for _ in range(GENERATED):
+            logits, cache = forward(given, cache)
+            steps.append(logits[:, -1:].float())
+            given = steps[-1].argmax(-1)
+            whole = torch.cat([whole, given], 1)
+        found.append(_Text(ids=whole, logits=torch.cat(steps, 1)))
+    return found
+
+
+@torch.no_grad()
+def _compared(chosen: Chosen, texts: Sequence[_Text]) -> _Generated:
+    """What was generated beside what the scored model and the unquantised one expect at the same places."""
+    if not texts:
         return _Generated()
-    whole, cache, given = torch.stack(prompts), None, torch.stack(prompts)
-    steps = []
-    for _ in range(GENERATED):
-        answer = loaded.served(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        steps.append(answer.logits[:, -1:].float())
-        given, cache = steps[-1].argmax(-1), answer.past_key_values
-        whole = torch.cat([whole, given], 1)
-    batch = Batch(ids=whole, lengths=torch.full((len(whole),), whole.shape[1]), index=tuple(range(len(whole))))
+    stream, matches, decode, scored_kl = chosen.prepared.as_stored, [], [], []
     made = slice(PROMPT_TOKENS - 1, -1)
-    (scored,) = outputs_of(run_through(prepared.as_stored, [batch], chosen.overlay), [batch])
-    (reference,) = outputs_of(run_through(prepared.as_stored, [batch]), [batch])
-    scored, reference = scored[:, made], reference[:, made]
-    # The first token comes of the prompt, not of decode.
+    for text in texts:
+        lengths = torch.full((len(text.ids),), text.ids.shape[1])
+        batch = Batch(ids=text.ids, lengths=lengths, index=tuple(range(len(text.ids))))
+        (scored,) = outputs_of(run_through(stream, [batch], chosen.overlay), [batch])
+        (reference,) = outputs_of(run_through(stream, [batch]), [batch])
+        scored, reference = scored[:, made], reference[:, made]
+        matches.append((scored.argmax(-1) == text.ids[:, PROMPT_TOKENS:]).double().mean())
+        # The first token comes of the prompt, not of decode.
+        decode.append(_kl(reference[:, 1:], text.logits[:, 1:]))
+        scored_kl.append(_kl(reference[:, 1:], scored[:, 1:]))
     return _Generated(
-        token_match=float((scored.argmax(-1) == whole[:, PROMPT_TOKENS:]).double().mean()),
-        decode_kl_nats=_mean_kl(reference[:, 1:], torch.cat(steps[1:], 1)),
-        scored_kl_nats=_mean_kl(reference[:, 1:], scored[:, 1:]),
+        token_match=float(torch.stack(matches).mean()),
+        decode_kl_nats=float(torch.cat(decode).mean()),
+        scored_kl_nats=float(torch.cat(scored_kl).mean()),
     )
 
 
-def _mean_kl(reference: Tensor, output: Tensor) -> float:
+def _kl(reference: Tensor, output: Tensor) -> Tensor:
+    """KL from logits [B, T, V] to others, [B x T]."""
     expected = reference.log_softmax(-1)
-    return float((expected.exp() * (expected - output.log_softmax(-1))).sum(-1).mean())
+    return (expected.exp() * (expected - output.log_softmax(-1))).sum(-1).flatten()
 
 
 def _worst_layer(chosen: Chosen, solved: Mapping[str, QuantizedWeight]) -> float:

@@ -32,7 +32,7 @@ from lowprec.records import ArtefactForm, Group, Scheme, Workload
 from lowprec.results import CheckedPair, CostResult, FrontierPoint, GroupChoice, Report
 from lowprec.steps.allocate import Allocation, allocate
 from lowprec.steps.check import agreement
-from lowprec.steps.cost import GroupCost, in_unit, stored_bytes
+from lowprec.steps.cost import GroupCost, in_unit, rows_of, stored_bytes
 from lowprec.steps.memory import peak_memory_bytes
 from lowprec.steps.metrics import in_search_unit, shown
 from lowprec.targets.torch import measure_end_to_end
@@ -226,6 +226,7 @@ class Accounts:
         """One group's row of the report."""
         cached = {group.name: group for group in self.chosen.prepared.caches.groups}
         group = self._groups.get(name) or cached[name]
+        prefill, decode = self._kernels(name, scheme)
         return GroupChoice(
             group=name,
             block=group.block,
@@ -234,7 +235,20 @@ class Accounts:
             parameters=group.parameters if isinstance(group, Group) else 0,
             predicted_kl_nats=self.chosen.scored.predicted.get((name, scheme), 0.0),
             cost=self._unit(self.chosen.priced.costs[name, scheme]),
+            prefill_kernel=prefill,
+            decode_kernel=decode,
         )
+
+    def _kernels(self, name: str, scheme: str) -> tuple[str, str]:
+        """What computes a group in prefill and in decode, by the times that it was priced with."""
+        group = self._groups.get(name)
+        if group is None or group.is_embedding:
+            return "", ""
+        prepared = self.chosen.prepared
+        context, found = prepared.context, {(s.scheme, s.n, s.k, s.m): s.kernel for s in self.chosen.priced.samples}
+        width = context.target.products(scheme_named(scheme), prepared.widths[name])[0]
+        prefill, decode = (found[scheme, width, group.k, m] for m in rows_of(group, context.settings.workload))
+        return prefill, decode
 
 
 def _complete(chosen: Chosen, artefact: Artefact, proved: Proved, cost: CostResult) -> tuple[Path, ArtefactForm]:

@@ -7,8 +7,14 @@
 measured shape of the same scheme and bucket (distance in log N and log K: a group is timed fused, its layers run
 one by one); where nothing was measured for scheme and bucket, it measures now and says so in the log. The slow
 reference is never chosen automatically. An explicit choice never falls back.
+
+The two phases of a decoder differ in what they wait for. Many rows (prefill) are worth rounding: INT8 inputs meet the
+weights in the processor's integer instructions. Few rows (decode) wait for the weights, whichever the inputs are, so
+there the forms that leave inputs alone take part as well, where a scheme rounds them: same codes, same scales, no byte
+more. They are named with `UNROUNDED`, and lose no more than the scheme, which is scored as prefill computes it.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable
@@ -20,6 +26,7 @@ from torch import Tensor
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, per_block, resolve
 from lowprec.formats.asymmetric import offset_codes
+from lowprec.formats.two_level import is_by_rows, stored_multiples
 from lowprec.records import CostSample, Scheme
 from lowprec.registry import closest
 from lowprec.runtime.measure import measure_kernels
@@ -31,6 +38,10 @@ log = logging.getLogger(__name__)
 BUCKET_LIMITS = (1, 16, 128)
 BUCKET_M = (1, 8, 64, 256)
 REFERENCE = "reference"
+FEW = BUCKET_LIMITS[1]
+"""Most rows that may be computed without rounding inputs where the scheme rounds them."""
+UNROUNDED = "-a16"
+"""How the names of such forms end."""
 
 
 def bucket_of(m: int) -> int:
@@ -83,6 +94,7 @@ def operands_of(
         activation_scale=None if activation_scale is None else activation_scale.to(torch.float32),
         zero=zero,
         group_size=WEIGHT_FORMATS[weight.format].group_size,
+        multiples=stored_multiples(weight.format, weight.scale),
     )
 
 
@@ -91,7 +103,7 @@ def usable(scheme: Scheme, n: int, k: int, device: str = "cpu") -> tuple[dict[st
 
     The reference is among the forms; `automatic` leaves it out.
     """
-    forms = kernels_for(*kinds(scheme), device)
+    forms = forms_of(scheme, device)
     reasons = {name: kernel.supports(1, n, k, group_size_of(scheme)) for name, kernel in forms.items()}
     return (
         {name: kernel for name, kernel in forms.items() if reasons[name] is None},
@@ -99,14 +111,22 @@ def usable(scheme: Scheme, n: int, k: int, device: str = "cpu") -> tuple[dict[st
     )
 
 
-def automatic(scheme: Scheme, n: int, k: int, device: str = "cpu") -> list[Kernel]:
-    """The forms to choose from.
+def forms_of(scheme: Scheme, device: str) -> dict[str, Kernel]:
+    """The forms that compute a resolved `scheme` on `device`, at any shape."""
+    found = kernels_for(*kinds(scheme), device)
+    return {name: form for name, form in found.items() if is_by_rows(scheme.weight) or not form.by_rows}
+
+
+def automatic(scheme: Scheme, n: int, k: int, device: str = "cpu", rows: int | None = None) -> list[Kernel]:
+    """The forms to choose from for `rows` rows; None: those that compute the scheme with any number of them.
 
     Raises:
         UnsupportedError: there is none but the slow reference.
     """
     forms, reasons = usable(scheme, n, k, device)
     found = [kernel for name, kernel in forms.items() if name != REFERENCE]
+    if found and rows is not None and rows <= FEW:
+        found += _unrounded(scheme, n, k, device)
     if not found:
         raise UnsupportedError(
             f"no kernel runs scheme {scheme.name} at N = {n}, K = {k} on {device}; "
@@ -116,6 +136,14 @@ def automatic(scheme: Scheme, n: int, k: int, device: str = "cpu") -> list[Kerne
     return found
 
 
+def _unrounded(scheme: Scheme, n: int, k: int, device: str) -> list[Kernel]:
+    """The forms of the scheme's weights that leave inputs as they are, where the scheme rounds them."""
+    if scheme.activation is None:
+        return []
+    forms, _ = usable(dataclasses.replace(scheme, activation=None), n, k, device)
+    return [dataclasses.replace(f, name=f"{name}{UNROUNDED}") for name, f in forms.items() if name != REFERENCE]
+
+
 def kernel_named(name: str, scheme: Scheme, n: int, k: int, device: str = "cpu") -> Kernel:
     """The kernel asked for.
 
@@ -123,7 +151,7 @@ def kernel_named(name: str, scheme: Scheme, n: int, k: int, device: str = "cpu")
         ConfigError: no kernel of that name computes the scheme.
         UnsupportedError: it cannot run this shape here.
     """
-    forms = kernels_for(*kinds(scheme), device)
+    forms = forms_of(scheme, device)
     if name not in forms:
         raise ConfigError(f"unknown kernel {name!r} for scheme {scheme.name}: {closest(name, list(forms))}")
     reason = forms[name].supports(1, n, k, group_size_of(scheme))
@@ -162,10 +190,10 @@ class KernelTable:
             UnsupportedError: the scheme does not fit K, or no kernel runs it here.
         """
         scheme = resolve(scheme, k)
-        forms = {kernel.name: kernel for kernel in automatic(scheme, n, k, self.device)}
-        return tuple(self._one(scheme, n, k, bucket, forms) for bucket in range(len(BUCKET_M)))
+        return tuple(self._one(scheme, n, k, bucket) for bucket in range(len(BUCKET_M)))
 
-    def _one(self, scheme: Scheme, n: int, k: int, bucket: int, forms: dict[str, Kernel]) -> Kernel:
+    def _one(self, scheme: Scheme, n: int, k: int, bucket: int) -> Kernel:
+        forms = {kernel.name: kernel for kernel in automatic(scheme, n, k, self.device, BUCKET_M[bucket])}
         if len(forms) == 1:
             return next(iter(forms.values()))
         shapes = self._known.setdefault((scheme.name, bucket), {})

@@ -22,9 +22,9 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W in codes.
 
     Buffers: `codes` ([N, K], or packed words for INT4), `scale` ([N, K/G] float32), `zero` ([N, K/G] int8,
-    where the format has zero points), `bias` ([N]), `activation_scale` (scalar, static schemes only). Converting the
-    module to another dtype leaves them as they are; moving it to another device moves them. Layouts that kernels
-    prepare are made on first use and kept.
+    where the format has zero points), `multiples` (the same, where scales are of two levels), `bias` ([N]),
+    `activation_scale` (scalar, static schemes only). Converting the module to another dtype leaves them as they are;
+    moving it to another device moves them. Layouts that kernels prepare are made on first use and kept.
 
     Args:
         operands: the stored weight.
@@ -37,19 +37,20 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     bias: Tensor | None
     activation_scale: Tensor | None
+    multiples: Tensor | None
 
     def __init__(self, operands: Operands, scheme: Scheme, kernels: "KernelTable | str") -> None:
         super().__init__()
         self.in_features, self.out_features = operands.k, operands.n
         self.scheme = resolve(scheme, operands.k)
-        self._weight_kind, self._activation_kind = kinds(self.scheme)
+        self._weight_kind = kinds(self.scheme)[0]
         if operands.weight != self._weight_kind:
             raise ConfigError(f"scheme {self.scheme.name} needs {self._weight_kind} codes, these are {operands.weight}")
         static = self.scheme.activation is not None and self.scheme.activation.endswith("-static")
         if static != (operands.activation_scale is not None):
             wanted = "needs a calibrated activation scale" if static else "scales activations itself"
             raise ConfigError(f"scheme {self.scheme.name} {wanted}; calibrate the layer or choose another scheme")
-        for name in ("codes", "scale", "zero", "bias", "activation_scale"):
+        for name in ("codes", "scale", "zero", "multiples", "bias", "activation_scale"):
             self.register_buffer(name, getattr(operands, name))
         self.kernels = choose(kernels, self.scheme, operands.n, operands.k, operands.codes.device.type)
         self._states: dict[str, State] = {}
@@ -89,6 +90,7 @@ class QuantLinear(nn.Module):
             bias=self.bias,
             activation_scale=self.activation_scale,
             group_size=group_size_of(self.scheme),
+            multiples=self.multiples,
         )
 
     def unpacked_codes(self) -> Tensor:
@@ -107,6 +109,10 @@ class QuantLinear(nn.Module):
         """The kernel that computes `rows` rows."""
         return self.kernels[bucket_of(rows)]
 
+    def kernel_of(self, x: Tensor) -> Kernel:
+        """The kernel that computes x [..., K]."""
+        return self.kernel_for(x.numel() // self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float -> [..., N] in x's dtype."""
         flat = self._flat(x)
@@ -117,8 +123,8 @@ class QuantLinear(nn.Module):
         return kernel.run(state, flat).reshape(*x.shape[:-1], self.out_features)
 
     def reference(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] float64 over the same codes, scales and quantised activations."""
-        y = linear64(self.operands(), self._activation_kind, self._flat(x))
+        """x [..., K] -> [..., N] float64 over the same codes, scales and activations, rounded where `forward` does."""
+        y = linear64(self.operands(), self.kernel_of(x).activation, self._flat(x))
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def relative_error(self, x: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.formats.nested import LEVELS, RATIOS
+from lowprec.formats.two_level import stored_multiples
 from lowprec.records import Scheme
 from lowprec_kernels import timing, timing_cuda
 from lowprec_kernels.cpu_nested import NestedOperands, nested_gemm
@@ -41,6 +42,7 @@ def random_operands(scheme: Scheme, n: int, k: int, seed: int = 0, device: str =
         codes=made.codes.to(device),
         scale=moved(made.scale),
         zero=moved(made.zero),
+        multiples=moved(made.multiples),
         activation_scale=moved(made.activation_scale),
     )
 
@@ -62,6 +64,7 @@ def _random_operands(scheme: Scheme, n: int, k: int, seed: int) -> Operands:
     codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
     if fmt.bits < 8:
         zero = None if fmt.symmetric else torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8)
+        scale = fmt.store_scales(scale)
         return Operands(
             weight="int4",
             codes=pack_int4(codes),
@@ -69,6 +72,7 @@ def _random_operands(scheme: Scheme, n: int, k: int, seed: int) -> Operands:
             activation_scale=static,
             zero=zero,
             group_size=fmt.group_size,
+            multiples=stored_multiples(scheme.weight, scale),
         )
     return Operands(weight="int8", codes=codes, scale=scale, activation_scale=static)
 

@@ -1,9 +1,10 @@
 """The torch target: times the kernels that will really run in this process, on this machine.
 
 Per-kernel times come from `lowprec.runtime.measure` (cold weights, all schemes of a shape interleaved, activation
-quantisation inside). A table in rows of two widths takes the time of its two parts, each measured at its own size.
-`bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole causal model with its KV
-cache. On a GPU the kernels are timed in CUDA graphs; a device that is not there is refused.
+quantisation inside where a form rounds them: few rows may meet the same weights unrounded, see
+`lowprec.runtime.dispatch`). A table in rows of two widths takes the time of its two parts, each measured at its own
+size. `bytes` are those of the checkpoint, whichever form runs. `measure_end_to_end` times a whole causal model with its
+KV cache. On a GPU the kernels are timed in CUDA graphs; a device that is not there is refused.
 """
 
 import dataclasses
@@ -125,8 +126,8 @@ class TorchTarget:
             tables = {name: resolved.pop(name) for name in list(resolved) if for_tables(resolved[name])}
             for name, scheme in tables.items():
                 samples += [dataclasses.replace(self._in_parts(scheme, n, k, m), scheme=name) for m in ms]
-            forms = {name: automatic(scheme, n, k, self._device) for name, scheme in resolved.items()}
             for m in ms:
+                forms = {name: automatic(scheme, n, k, self._device, m) for name, scheme in resolved.items()}
                 found = measure_kernels(
                     forms,
                     resolved,
