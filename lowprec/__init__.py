@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from lowprec.report.progress import RunProgress
     from lowprec.results import Report
     from lowprec.runtime.controller import Controller, Objectives
-    from lowprec.runtime.kvcache import RequestCache, request_cache
+    from lowprec.runtime.request_cache import RequestCache, request_cache
     from lowprec.runtime.spending import LossBudget
     from lowprec.settings import Effort, Settings, effort_named
     from lowprec.simulate.study import study
@@ -108,7 +108,7 @@ _HOME = {
     "Priced": "pipeline.price:Priced",
     "Proved": "pipeline.prove:Proved",
     "Report": "results:Report",
-    "RequestCache": "runtime.kvcache:RequestCache",
+    "RequestCache": "runtime.request_cache:RequestCache",
     "Rounder": "steps.solve:Rounder",
     "RunFolder": "artifacts.folder:RunFolder",
     "RunProgress": "report.progress:RunProgress",
@@ -143,7 +143,7 @@ _HOME = {
     "price": "pipeline.price:price",
     "prove": "pipeline.prove:prove",
     "read_ladder": "ladder:read_ladder",
-    "request_cache": "runtime.kvcache:request_cache",
+    "request_cache": "runtime.request_cache:request_cache",
     "score": "pipeline.score:score",
     "sensitivity": "steps.sensitivity:effects",
     "serve": "live:serve",

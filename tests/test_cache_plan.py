@@ -24,7 +24,9 @@ from lowprec.pipeline.mixes import Tuning
 from lowprec.records import CostSample, Workload
 from lowprec.report import report_from_json
 from lowprec.results import Report
-from lowprec.runtime.kvcache import PARTS, RequestCache, cache_argument, fake_quantize, tap_cache
+from lowprec.runtime.kvcache import PARTS, cache_argument, fake_quantize
+from lowprec.runtime.request_cache import RequestCache
+from lowprec.runtime.serving_cache import tap_cache
 from lowprec.steps.allocate import Option, allocate
 from lowprec.steps.caches import Caches, cache_bytes, find_caches, ranges, scales_of
 from lowprec.steps.calibrate import calibrate

@@ -22,20 +22,10 @@ from lowprec.artifacts.stored_cache import FILE_NAME, cache_notes, cache_scheme,
 from lowprec.errors import ArtifactError, ConfigError, UnsupportedError
 from lowprec.formats import CACHE_FORMATS, scheme_named, schemes_named
 from lowprec.records import RoundedPart
-from lowprec.runtime.kvcache import (
-    PARTS,
-    STEP,
-    RequestCache,
-    RoundedLayer,
-    by_layer,
-    cache_argument,
-    every_part,
-    fake_quantize,
-    request_cache,
-    serve_cache,
-    serving_cache,
-)
+from lowprec.runtime.kvcache import PARTS, STEP, RoundedLayer, by_layer, cache_argument, fake_quantize
 from lowprec.runtime.measure_cache import measure_cache
+from lowprec.runtime.request_cache import RequestCache, every_part, request_cache
+from lowprec.runtime.serving_cache import serve_cache, serving_cache
 from lowprec.settings import Settings
 from lowprec.steps.caches import Caches, find_caches, find_places, ranges, scales_of
 from lowprec.steps.load import decoder_forward

@@ -49,7 +49,7 @@ from lowprec.registry import closest
 from lowprec.runtime import KernelTable, convert_
 from lowprec.runtime.convert import stored_weight, weight_of, weighted_modules
 from lowprec.runtime.kvcache import cache_argument as cache_argument
-from lowprec.runtime.kvcache import serve_cache
+from lowprec.runtime.serving_cache import serve_cache
 
 Activations = Literal["planned", "library"]
 MARK = "lowprec_artefact"
@@ -182,7 +182,7 @@ def load_artefact(
 
     Returns:
         The model in eval mode, and the tokenizer or None when the folder has none. Where the KV cache was judged in 8
-        bits, the model makes such a cache of its own accord; see `lowprec.runtime.kvcache.request_cache`.
+        bits, the model makes such a cache of its own accord; see `lowprec.runtime.request_cache`.
 
     Raises:
         ArtifactError: missing or damaged files, tensors that the model does not take, or layers for a module of the

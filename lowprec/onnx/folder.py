@@ -39,7 +39,7 @@ from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
-from lowprec.runtime.kvcache import leave_cache_
+from lowprec.runtime.serving_cache import leave_cache_
 from lowprec.version import __version__
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"

@@ -22,7 +22,7 @@ from lowprec.pipeline.deploy import deployed_path, loaded_by
 from lowprec.records import Scheme
 from lowprec.runtime.convert import convert_
 from lowprec.runtime.dispatch import KernelTable
-from lowprec.runtime.kvcache import serving_cache
+from lowprec.runtime.serving_cache import serving_cache
 from lowprec.steps.memory import give_back_memory
 from lowprec.targets import RuntimeTarget
 

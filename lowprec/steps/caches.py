@@ -20,7 +20,9 @@ from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import CACHE_FORMATS
 from lowprec.formats.base import as_bfloat16
 from lowprec.records import CacheGroup, CachePart, CachePlace, RoundedPart, Workload
-from lowprec.runtime.kvcache import PARTS, by_layer, cache_argument, fit_layers, tap_cache
+from lowprec.runtime.kvcache import PARTS, by_layer, cache_argument
+from lowprec.runtime.request_cache import fit_layers
+from lowprec.runtime.serving_cache import tap_cache
 from lowprec.steps.measure import run_through
 from lowprec.steps.stream import Override, Stream
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lowprec.formats import ACTIVATION_FORMATS
 from lowprec.records import CachePart, Group, Scheme
-from lowprec.runtime.kvcache import PARTS, fake_quantize, tap_cache
+from lowprec.runtime.kvcache import PARTS, fake_quantize
+from lowprec.runtime.serving_cache import tap_cache
 from lowprec.runtime.table import read_as
 from lowprec.steps.caches import Caches
 from lowprec.steps.calibrate import Calibration

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lowprec.formats import ACTIVATION_FORMATS, ActivationFormat
 from lowprec.records import CachePart, RoundedPart
-from lowprec.runtime.kvcache import round_parts
+from lowprec.runtime.serving_cache import round_parts
 from lowprec.steps.linear import linear_layers, stored_weight, weight_of, weighted_modules
 
 Forward = Callable[[nn.Module, Any], Tensor]
