@@ -341,6 +341,18 @@ def test_every_exporter_names_its_forms(name: str) -> None:
     assert set(found.fixed) <= set(found.forms)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("decoder", "sequence 8 behind past 24"), ("encoder", None)])
+def test_sizes_are_held_against_the_models_positions(kind: Any, said: str | None) -> None:
+    sizes = Sizes(sequence=8, past=24)
+    sizes.require_room(kind, 32)
+    sizes.require_room(kind, None)
+    if said is None:
+        sizes.require_room(kind, 8)
+        said = "sequence 8"
+    with pytest.raises(ConfigError, match=f"{said}: the model has positions for 7 tokens"):
+        sizes.require_room(kind, 7)
+
+
 def test_bad_requests_are_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,13 @@ class Sizes:
             if value < 1:
                 raise ConfigError(f"{name} {value}: give at least 1")
 
+    def require_room(self, kind: Kind, positions: int | None) -> None:
+        """Raises ConfigError where a model has positions for fewer tokens; None where it does not say."""
+        total = self.sequence + (self.past if kind == "decoder" else 0)
+        if positions is not None and kind != "module" and total > positions:
+            sizes = f"sequence {self.sequence}" + (f" behind past {self.past}" if kind == "decoder" else "")
+            raise ConfigError(f"{sizes}: the model has positions for {positions} tokens; give no more than that in all")
+
     def told(self, kind: Kind) -> str:
         """A note on it."""
         if kind == "module":

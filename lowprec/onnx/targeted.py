@@ -31,6 +31,7 @@ from lowprec.onnx.folder import (
     write_texts,
 )
 from lowprec.onnx.graph import Graph, graph_of
+from lowprec.onnx.runtime_form import positions_of
 from lowprec.onnx.windows import Deviation, Text, deviation, windows_of
 from lowprec.records import digest
 from lowprec.version import __version__
@@ -74,7 +75,7 @@ def write_for(
         verified: one sentence, what of this form was verified and what was not.
 
     Raises:
-        ConfigError: sizes that the text does not fill, before anything is loaded.
+        ConfigError: sizes that the text does not fill, or that the model has no positions for.
         ArtifactError: no such text; or outputs that are no numbers, or, of a form that rounds nothing, off by more than
             `LIMIT` of the largest.
     """
@@ -87,6 +88,8 @@ def write_for(
 
     def fill(folder: Path) -> OnnxArtefact:
         graph = graph_of(loaded.module, inputs)
+        if sizes is not None:
+            sizes.require_room(graph.kind, positions_of(loaded.module))
         text = Text(kind=graph.kind, windows=windows, inputs=inputs, sizes=sizes)
         written = make(graph, loaded, text, folder / MODEL)
         off = _deviation(folder / MODEL, out, loaded, text, rounds=written.rounds)
