@@ -115,6 +115,24 @@ def test_the_form_for_many_rows_is_exact(level: int) -> None:
     assert cpu_nested.nested_gemm(weight, x[:0], level).shape == (0, 40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [4, 8])
+def test_many_rows_in_bfloat16_are_multiplied_in_either_dtype(
+    level: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_nested, "product_dtype", lambda given: dtype)
+    weight, x = operands(40, 256, 64, zero=True, bias=True), activations(FEW_ROWS + 1, 256).to(torch.bfloat16)
+    y = cpu_nested.nested_gemm(weight, x, level)
+    assert y.dtype == torch.bfloat16
+    # Half a step of bfloat16 on the output, and one on each weight where these are rounded as well.
+    assert error(y, truth(weight, x.float(), level)) <= 5e-3
+
+
+def test_what_many_rows_are_multiplied_in_is_measured_for_bfloat16_alone() -> None:
+    assert cpu_nested.product_dtype(torch.float32) == torch.float32
+    assert cpu_nested.product_dtype(torch.bfloat16) in (torch.float32, torch.bfloat16)
+
+
 def test_level_4_never_reads_the_second_plane() -> None:
     weight, x = operands(16, 128, 64), activations(2, 128)
     other = operands(16, 128, 64, seed=1)

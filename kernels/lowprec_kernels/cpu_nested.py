@@ -11,7 +11,9 @@ q and r are the stored nibbles of the two planes (`packing.py`). Two forms, and 
                 have for that (VNNI, AVX2, NEON, or what the compiler makes of plain C++), all sums within a group
                 exact. A row is computed alike, whatever the number of rows and threads.
     dequantize  many rows, and few where the native form cannot be had: upcasts a block of rows of the weight at a time,
-                then multiplies in float32. For few rows it is many times slower; `few_rows_form` tells which one runs.
+                then multiplies, in float32 or, for x in bfloat16, in the faster of the two on this processor, as one
+                measurement tells (`product_dtype`). For few rows it is many times slower; `few_rows_form` tells which
+                one runs.
 
 A row of x that holds NaN or infinity gives NaN in the native form. Left out: quantised activations.
 """
@@ -20,6 +22,7 @@ import ctypes
 import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from torch import Tensor
 from lowprec_kernels.native import NativeError, library
 from lowprec_kernels.packing import CHUNK, PLANE, unpack_int4, words_for
 from lowprec_kernels.reference import NESTED_LEVELS
+from lowprec_kernels.timing import time_interleaved
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ FEW_ROWS = 64
 LONGEST_GROUP = 4096
 BLOCK_WEIGHTS = 1 << 20
 DEQUANTIZE = "dequantize"
+# Rows and width of the product that tells which dtype is multiplied faster.
+PROBE = (256, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -174,15 +180,32 @@ def native(built: ctypes.CDLL, operands: NestedOperands, x: Tensor, level: int) 
     return y
 
 
+@functools.cache
+def product_dtype(given: torch.dtype) -> torch.dtype:
+    """What x of this dtype is multiplied in with many rows; measured once, for bfloat16."""
+    if given != torch.bfloat16:
+        return torch.float32
+    x, w = torch.ones(*PROBE), torch.ones(PROBE[1], PROBE[1])
+    made = {dtype: (x.to(dtype), w.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    found = time_interleaved({str(dtype): _product(*pair) for dtype, pair in made.items()}, seconds_per_candidate=0.01)
+    return min(made, key=lambda dtype: found[str(dtype)].p50_us)
+
+
+def _product(x: Tensor, w: Tensor) -> Callable[[int], object]:
+    return lambda copy: F.linear(x, w)
+
+
 def dequantizing(operands: NestedOperands, x: Tensor, level: int) -> Tensor:
     """The form that upcasts blocks of rows of the weight."""
-    values = x.to(torch.float32)
+    dtype = product_dtype(x.dtype)
+    values = x.to(dtype)
     blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
     rows = math.ceil(operands.n / blocks)
     parts = [
-        F.linear(values, dense(operands, level, slice(start, start + rows))) for start in range(0, operands.n, rows)
+        F.linear(values, dense(operands, level, slice(start, start + rows)).to(dtype))
+        for start in range(0, operands.n, rows)
     ]
-    y = torch.cat(parts, dim=1)
+    y = torch.cat(parts, dim=1).to(torch.float32)
     return (y if operands.bias is None else y.add_(operands.bias)).to(x.dtype)
 
 
