@@ -6,6 +6,7 @@ and text to sum Hessians over.
 """
 
 import dataclasses
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,9 @@ def _check_belongs(stream: Stream, solved: Mapping[str, QuantizedWeight], artefa
         dense = weight_of(stream.weighted[layer]).float()
         if dense.shape != weight.codes.shape:
             raise ModelError(f"{layer}: codes are {tuple(weight.codes.shape)}, the weight is {tuple(dense.shape)}")
-        lost = float(torch.linalg.vector_norm(weight.dequantize() - dense) / torch.linalg.vector_norm(dense))
+        distance, norm = (float(torch.linalg.vector_norm(x)) for x in (weight.dequantize() - dense, dense))
+        # Of a layer of zeros nothing is lost by codes of zeros, and by others more than all.
+        lost = distance / norm if norm else math.inf if distance else 0.0
         if not lost <= LARGEST_LOSS:
             raise ModelError(
                 f"{layer}: the codes in {artefact} are {lost:.0%} of the weight's norm away from it: they were made "

@@ -1,5 +1,6 @@
 """Serving along a ladder: batches are what each sequence alone would be, rungs are recorded, budgets kept."""
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Sequence
@@ -11,17 +12,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Lfm2Config
 
 import lowprec
 from lowprec.artifacts.loading import cache_argument
 from lowprec.artifacts.nested import level_vectors, load_nested, stored_digest
-from lowprec.errors import ArtifactError, ConfigError
+from lowprec.errors import ArtifactError, ConfigError, UnsupportedError
 from lowprec.ladder import Ladder, write_ladder
 from lowprec.live import LiveServer, Request
 from lowprec.live.slots import Slots
+from lowprec.records import RoundedPart
 from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.demand import Reading
+from lowprec.runtime.kvcache import PARTS, RoundedLayer, every_part, request_cache, serving_cache
 from lowprec.runtime.spending import LossBudget
 from lowprec.runtime.switch import Switch
 from lowprec.simulate.measure import worst_window
@@ -112,7 +115,8 @@ def alone(llama: tuple[Any, Switch], ids: Sequence[int], rungs: Sequence[int], m
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), data=st.data())
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2"])
 def test_slots_hold_what_caches_of_single_sequences_do(name: str, lengths: list[int], data: st.DataObject) -> None:
-    model, slots = tiny.decoder(name).float(), Slots(4)
+    model = tiny.decoder(name).float()
+    slots = Slots(model.config, (), 4)
     argument = cache_argument(model)
     texts = [prompt(length, seed) for seed, length in enumerate(lengths)]
     with torch.inference_mode():
@@ -137,7 +141,8 @@ def test_slots_hold_what_caches_of_single_sequences_do(name: str, lengths: list[
 
 
 def test_slots_grow_and_are_limited() -> None:
-    model, slots = tiny.decoder("llama").float(), Slots(1)
+    model = tiny.decoder("llama").float()
+    slots = Slots(model.config, (), 1)
     cache, ids = DynamicCache(), prompt(255)
     argument = cache_argument(model)
     with torch.inference_mode():
@@ -149,7 +154,9 @@ def test_slots_grow_and_are_limited() -> None:
             found = model(input_ids=torch.tensor([[token]]), use_cache=True, **given).logits[0, -1]
             slots.end()
         expected = model(torch.tensor([ids])).logits[0, -1]
-    assert slots.keys[0].shape[2] == 512
+    # [S, H, C, D] keys and values of each layer, float32.
+    config = model.config
+    assert slots.bytes == 2 * 4 * 512 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         slots.add(cache, 255)
@@ -260,6 +267,243 @@ def test_an_answer_ends_where_it_should(llama: tuple[Any, Switch]) -> None:
     assert not live.step()
 
 
+# --- what fails
+
+
+def never(row: Tensor) -> int:
+    raise ValueError("on purpose")
+
+
+def at_once(count: int, *, then: BaseException | int) -> Any:
+    """A pick that fails, or gives no token, in its `count`-th call."""
+    calls = [0]
+
+    def pick(row: Tensor) -> int:
+        calls[0] += 1
+        if calls[0] == count:
+            if isinstance(then, BaseException):
+                raise then
+            return then
+        return int(row.argmax())
+
+    return pick
+
+
+@pytest.mark.parametrize("then", [ValueError("on purpose"), tiny.WORDS, -1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_request_that_fails_fails_alone(llama: tuple[Any, Switch], count: int, then: Any) -> None:
+    """With its first token, or in the middle: the answers of the others are what they are without it."""
+    texts = [prompt(5, n) for n in range(SLOTS + 2)]
+    one = server(llama, watched(ttft_s=1000.0))
+    expected = [one.generate(ids, 8, "high", stop=()).tokens for ids in texts]
+    live = server(llama, watched(ttft_s=1000.0))
+    requests = [
+        live.submit(ids, 8, "high", stop=(), **({"pick": at_once(count, then=then)} if n == 1 else {}))
+        for n, ids in enumerate(texts)
+    ]
+    while live.step():
+        pass
+    for n, request in enumerate(requests):
+        assert request.done
+        if n == 1:
+            assert len(request.tokens) == count - 1
+            with pytest.raises(ValueError, match=r"on purpose|which is no token of a vocabulary of 300"):
+                live.answer(request)
+        else:
+            assert live.answer(request).tokens == expected[n]
+    assert (live.waiting, live.running) == (0, 0)
+    with pytest.raises(ValueError, match="on purpose"):
+        live.generate(texts[0], 4, pick=never)
+
+
+def test_a_pass_that_fails_fails_its_requests_and_no_others(llama: tuple[Any, Switch]) -> None:
+    model, _ = llama
+    live = server(llama, watched(ttft_s=1000.0))
+    expected = live.generate(prompt(5), 6, "high", stop=()).tokens
+    running = [live.submit(prompt(4, n), 6, "high", stop=()) for n in range(2)]
+    live.step()
+    failing = [True]
+
+    def fail(_: Any, args: Any, kwargs: Any) -> None:
+        # The decoding pass of both: one token of each, while a prompt is read beside it.
+        if failing[0] and kwargs["input_ids"].shape == (2, 1):
+            raise RuntimeError("out of memory")
+
+    handle = model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        third = live.submit(prompt(5), 6, "high", stop=())
+        while live.step():
+            pass
+    finally:
+        handle.remove()
+    for request in running:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            live.answer(request)
+    assert live.answer(third).tokens == expected
+    assert (live.waiting, live.running) == (0, 0)
+
+
+def test_ctrl_c_reaches_its_thread_and_leaves_a_server_that_serves(llama: tuple[Any, Switch]) -> None:
+    live = server(llama, watched(ttft_s=1000.0))
+    expected = live.generate(prompt(5), 4, "high", stop=()).tokens
+    for count in (1, 3):
+        other = live.submit(prompt(5), 4, "high", stop=())
+        with pytest.raises(KeyboardInterrupt):
+            live.generate(prompt(6), 8, "high", stop=(), pick=at_once(count, then=KeyboardInterrupt()))
+        while live.step():
+            pass
+        if other.error is None:
+            assert live.answer(other).tokens == expected
+        else:
+            with pytest.raises(RuntimeError, match="was ended by KeyboardInterrupt"):
+                live.answer(other)
+        assert (live.waiting, live.running) == (0, 0)
+        assert live.generate(prompt(5), 4, "high", stop=()).tokens == expected
+
+
+def test_a_policy_that_fails_loses_no_request(llama: tuple[Any, Switch]) -> None:
+    class Broken(Watched):
+        def decide(self, reading: Reading) -> int:
+            if not self.readings:
+                self.readings.append(reading)
+                raise ValueError("nobody knows")
+            return super().decide(reading)
+
+    policy = Broken(ladder(RUNGS), Objectives(ttft_s=1.0, tpot_s=1.0), LossBudget(nats_per_token=0.5), slots=SLOTS)
+    live = server(llama, policy.watch())
+    first, second = (live.submit(prompt(5, n), 3, "high", stop=()) for n in range(2))
+    with pytest.raises(ValueError, match="nobody knows"):
+        live.step()
+    while live.step():
+        pass
+    assert len(live.answer(first).tokens) == len(live.answer(second).tokens) == 3
+
+
+def test_a_request_that_is_lost_is_not_waited_for(llama: tuple[Any, Switch]) -> None:
+    live = server(llama, watched())
+
+    def lose(row: Tensor) -> int:
+        live._reading.clear()
+        return 5
+
+    with pytest.raises(RuntimeError, match="nothing to do, and this request is not done"):
+        live.generate(prompt(3), 4, pick=lose, stop=())
+
+
+def test_entering_a_request_waits_for_no_step(llama: tuple[Any, Switch]) -> None:
+    """It is entered while a step runs, in another thread, and the next reading counts it."""
+    policy = watched(ttft_s=1000.0)
+    live, entered = server(llama, policy), list[Request]()
+
+    def pick(row: Tensor) -> int:
+        if not entered:
+            thread = threading.Thread(
+                target=lambda: entered.extend(live.submit(prompt(5, n), 2, "high", stop=()) for n in range(SLOTS + 1))
+            )
+            thread.start()
+            thread.join(30)
+            assert len(entered) == live.waiting == SLOTS + 1
+        return int(row.argmax())
+
+    assert len(live.generate(prompt(3), 3, "high", stop=(), pick=pick).tokens) == 3
+    first, second = policy.readings[:2]
+    assert (first.queue_length, second.queue_length, second.admitted) == (0, 2, SLOTS - 1)
+    while live.step():
+        pass
+    assert all(len(live.answer(request).tokens) == 2 for request in entered)
+
+
+def test_nan_in_a_slot_does_not_reach_who_stands_there_next() -> None:
+    model = tiny.decoder("llama").float()
+    slots, caches = Slots(model.config, (), 2), []
+    with torch.inference_mode():
+        for ids in (prompt(20, 1), prompt(9, 2), prompt(4, 3)):
+            caches.append(request_cache(model, 16))
+            logits = model(input_ids=torch.tensor([ids]), use_cache=True, **{cache_argument(model): caches[-1]}).logits
+        spoilt = copy.deepcopy(caches[0])
+        for layer in spoilt.layers:
+            layer.values.fill_(torch.nan)
+        for cache, length in ((caches[0], 20), (spoilt, 20)):
+            slots.add(cache, length)
+        slots.remove(1)
+        slots.add(caches[2], 4)
+        token = logits[:, -1:].argmax(-1)
+        given = {cache_argument(model): slots, **slots.begin(torch.float32)}
+        found = model(input_ids=token.expand(2, 1), use_cache=True, **given).logits[1, -1]
+        expected = model(torch.tensor([[*prompt(4, 3), int(token)]])).logits[0, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- caches of 8 bits
+
+
+def generated(llama: tuple[Any, Switch], ids: Sequence[int], bits: int | None, tokens: int = 12) -> tuple[int, ...]:
+    """What transformers' own loop gives for a prompt alone, at the top rung."""
+    model, switch = llama
+    with switch.pinned(RUNGS - 1):
+        found = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), max_new_tokens=tokens,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+            **{cache_argument(model): request_cache(model, bits)},
+        )  # fmt: skip
+    return tuple(found[0, len(ids) :].tolist())
+
+
+def parts_of(model: Any) -> list[RoundedPart]:
+    """All keys and values but the first layer's keys."""
+    modules = [name for name, _ in model.named_modules() if name.endswith("self_attn")]
+    return [dataclasses.replace(p, module=modules[p.layer]) for p in every_part(model.config)[1:]]
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_request_keeps_its_cache_in_the_bits_it_was_admitted_with(llama: tuple[Any, Switch], judged: bool) -> None:
+    model, _ = llama
+    with serving_cache(model, parts_of(model) if judged else []):
+        bits = (16, 8, None, 8, 16, None)
+        texts = [prompt(6 + 3 * n, n) for n in range(len(bits))]
+        expected = [generated(llama, ids, b) for ids, b in zip(texts, bits, strict=True)]
+        live = server(llama, watched(ttft_s=1000.0), chunk=16)
+        asked = [live.submit(ids, 12, "high", stop=(), cache_bits=b) for ids, b in zip(texts, bits, strict=True)]
+        most = 0
+        while live.step():
+            most = max(most, live.running)
+        assert most <= SLOTS
+        assert [live.answer(request).tokens for request in asked] == expected
+        alone = server(llama, watched(ttft_s=1000.0))
+        assert alone.generate(texts[1], 12, "high", stop=(), cache_bits=8).tokens == expected[1]
+    assert len(live._batches) == 2
+
+
+def test_codes_of_slots_are_those_of_the_request_and_take_fewer_bytes() -> None:
+    model = tiny.decoder("llama").float()
+    held = {bits: Slots(model.config, request_cache(model, bits).parts, 2) for bits in (8, 16)}
+    for bits, slots in held.items():
+        for number, length in enumerate((30, 12)):
+            cache = request_cache(model, bits)
+            with torch.inference_mode():
+                given = {cache_argument(model): cache}
+                model(input_ids=torch.tensor([prompt(length, number)]), use_cache=True, **given)
+            slots.add(cache, length)
+        slots.remove(0)
+        slots._places.shown = 12
+        for mine, layer in zip(slots.layers, cache.layers, strict=True):
+            for part in PARTS:
+                expected = layer._decoded(part) if isinstance(layer, RoundedLayer) else getattr(layer, part)
+                assert torch.equal(mine._decoded(part), expected)
+    # Codes of a byte and a scale of two for each head's 16 values of 4 bytes.
+    width = model.config.head_dim
+    assert held[8].bytes / held[16].bytes == (width + 2) / (4 * width)
+
+
+def test_caches_that_cannot_be_are_refused(llama: tuple[Any, Switch]) -> None:
+    live = server(llama, watched())
+    with pytest.raises(ConfigError, match="a cache of 4 bits: give 8, 16, or None"):
+        live.submit(prompt(3), 4, cache_bits=4)
+    assert not live.step()
+    with pytest.raises(UnsupportedError, match=r"cannot be decoded together.*\n.*LinearAttention"):
+        Slots(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), (), 2)
+
+
 def test_bad_requests_are_refused_before_they_are_served(llama: tuple[Any, Switch]) -> None:
     live = server(llama, watched())
     for asked, words in (
@@ -267,6 +511,9 @@ def test_bad_requests_are_refused_before_they_are_served(llama: tuple[Any, Switc
         ((prompt(3), 0), "an answer of 0"),
         ((prompt(3), 4096), "more than the 2048 that this model attends to"),
         (([1, tiny.WORDS], 4), "outside the vocabulary of 300"),
+        ((prompt(3), 2.5), "2.5 is no whole number: give one for tokens of an answer"),
+        ((prompt(3), None), "None is no whole number"),
+        (([1, 2.5], 4), "2.5 is no whole number: give one for the number of a token"),
         ((prompt(3), 4, "hgih"), "unknown effort 'hgih': did you mean 'high'"),
     ):
         with pytest.raises(ConfigError, match=words):

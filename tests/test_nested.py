@@ -2,7 +2,8 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,10 +40,12 @@ from lowprec.formats.nested import (
     require_level,
     residual_bounds,
 )
+from lowprec.nesting import _check_belongs
 from lowprec.runtime.convert import linear_layers
 from lowprec.solvers import SOLVERS
 from lowprec.solvers.gptq import output_error
 from lowprec.solvers.residual import fit_residual
+from lowprec.steps.stream import Stream
 from tests import tiny
 from tests.test_solvers import Layer, layer, trace_error
 
@@ -291,6 +294,10 @@ def test_damage_is_found(tmp_path: Path) -> None:
     rewritten({}, {"layers": "["})
     with pytest.raises(ArtifactError, match="is no second plane"):
         read_nested(tmp_path / "a")
+    for layers in ("5", "[]", "null", "[5]", '"q_proj"', "{}"):
+        rewritten({}, {"layers": layers})
+        with pytest.raises(ArtifactError, match=r"is no second plane of nested weights: its layers are .*, not a list"):
+            read_nested(tmp_path / "a")
     rewritten({}, {"layers": '["nowhere"]'})
     with pytest.raises(ArtifactError, match="has a residual of nowhere"):
         read_nested(tmp_path / "a")
@@ -371,6 +378,18 @@ def test_a_finished_artefact_gets_a_second_level(artefact: Path, capsys: pytest.
     assert ended.value.code == 0
     assert "layers of two levels, 8." in capsys.readouterr().out
     assert read_nested(artefact / "cli").keys() == found.keys()
+
+
+def test_a_layer_of_zeros_belongs_to_its_own_model_alone() -> None:
+    up = tiny.decoder("llama-untied").model.layers[0].mlp.up_proj
+    stream = cast(Stream, SimpleNamespace(weighted={"up_proj": up}))
+    others = tiny.rounded(up.weight.detach(), "int4-g32")
+    torch.nn.init.zeros_(up.weight)
+    own = tiny.rounded(up.weight.detach(), "int4-g32")
+    _check_belongs(stream, {"up_proj": own}, Path("artefact"))
+    with pytest.raises(ModelError, match="up_proj: the codes in artefact are inf% of the weight's norm away from it"):
+        _check_belongs(stream, {"up_proj": others}, Path("artefact"))
+    assert not fit_residual(up.weight.detach().float(), own, None).dequantize(8).any()
 
 
 def test_another_model_is_refused(artefact: Path, tmp_path: Path) -> None:

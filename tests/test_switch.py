@@ -1,6 +1,7 @@
 """Levels that change while a model runs: one rung to a pass, no byte, no microseconds to speak of."""
 
 import copy
+import inspect
 import pickle
 import random
 import threading
@@ -11,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lowprec.errors import ConfigError, ModelError
 from lowprec.formats.nested import NestedWeight
 from lowprec.runtime.convert import linear_layers
+from lowprec.runtime.kvcache import cache_argument
 from lowprec.runtime.nested import NestedLinear, nest_
 from lowprec.runtime.switch import Switch, vectors
 from lowprec.solvers.residual import fit_residual
 from tests import tiny
 
-THREADS = 8
+THREADS, TEXTS, TOKENS = 8, 8, 8
 SWITCHES = 1_000
 
 
@@ -100,6 +103,11 @@ def test_dtypes_and_copies() -> None:
     assert torch.equal(logits(twin, ids), logits(model, ids))
     model.float()
     assert (layer.scale.dtype, layer.base.dtype, layer.bias) == (torch.bfloat16, torch.int32, None)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    loaded.model.layers[0].mlp.up_proj.switch.set(1)
+    assert not torch.equal(logits(loaded, ids), logits(model, ids)), "so has one that was pickled"
+    assert inspect.signature(loaded.forward) == inspect.signature(type(model).forward.__get__(model))
     again = pickle.loads(pickle.dumps(switch))
     assert (again.groups, again.rungs, again.rung) == (switch.groups, switch.rungs, 0)
     assert "base=int4-g32, levels=(4, 8), form=" in repr(layer)
@@ -147,39 +155,103 @@ def test_an_error_ends_its_pass(llama: tuple[Any, Switch]) -> None:
     assert switch.last_rung == 0
 
 
-def test_switches_under_concurrent_generation(llama: tuple[Any, Switch]) -> None:
-    """Every pass of every thread gives the logits of the rung that was recorded for it."""
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_pass_ends_its_note(llama: tuple[Any, Switch], error: type[BaseException]) -> None:
+    """Inside of the pass, or before it began."""
     model, switch = llama
-    prompts = [tiny.batch(1, 5, seed=seed) for seed in range(THREADS)]
-    stop, wrong, seen = threading.Event(), [], [0] * len(switch.rungs)
-    lock = threading.Lock()
+    ids = tiny.batch()
+    expected = [logits_at(model, switch, rung, ids) for rung in range(4)]
+
+    def fail(*_: Any) -> None:
+        raise error("on purpose")
+
+    for module in (model.model.layers[1], model):
+        switch.set(3)
+        handle = module.register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(error, match="on purpose"):
+            logits(model, ids)
+        handle.remove()
+        switch.set(0)
+        with switch.recorded() as rungs:
+            assert torch.equal(logits(model, ids), expected[0])
+            assert torch.equal(logits_at(model, switch, 2, ids), expected[2])
+        assert rungs == [0, 2]
+
+
+def test_a_pass_within_a_pass_belongs_to_it(llama: tuple[Any, Switch]) -> None:
+    model, switch = llama
+    ids, inner = tiny.batch(), []
+    top = logits_at(model, switch, 3, ids)
+
+    def again(*_: Any) -> None:
+        handle.remove()
+        switch.set(0)
+        inner.append(logits(model, ids))
+
+    handle = model.model.layers[1].register_forward_pre_hook(again)
+    switch.set(3)
+    with switch.recorded() as rungs:
+        assert torch.equal(logits(model, ids), top)
+    assert torch.equal(inner[0], top)
+    assert rungs == [3]
+
+
+def test_switches_under_concurrent_generation(llama: tuple[Any, Switch]) -> None:
+    """Every pass of every thread gives the logits of the rung that was recorded for it, prompts and cached steps.
+
+    Each pass switches in its middle, for itself and for those that run beside it.
+    """
+    model, switch = llama
+    lock, generator, sets = threading.Lock(), random.Random(0), list[int]()
+    seen, wrong, errors = [0] * len(switch.rungs), list[tuple[int, int]](), list[BaseException]()
+
+    def change(*_: Any) -> None:
+        with lock:
+            sets.append(generator.randrange(len(switch.rungs)))
+            switch.set(sets[-1])
+
+    @torch.no_grad()
+    def one_pass(ids: Tensor, cache: Any) -> Tensor:
+        found: Tensor = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
+        return found
+
+    def compared(ids: Tensor, cache: Any) -> Tensor:
+        before = copy.deepcopy(cache)
+        with switch.recorded() as rungs:
+            found = one_pass(ids, cache)
+        (rung,) = rungs
+        with switch.pinned(rung):
+            same = torch.equal(found, one_pass(ids, before))
+        with lock:
+            seen[rung] += 1
+            if not same:
+                wrong.append((rung, cache.get_seq_length()))
+        return found
 
     def generate(prompt: Tensor) -> None:
         torch.set_num_threads(1)
-        while not stop.is_set():
-            ids = prompt
-            for _ in range(4):
-                with switch.recorded() as rungs:
-                    found = logits(model, ids)
-                (rung,) = rungs
-                with switch.pinned(rung), lock:
-                    seen[rung] += 1
-                    if not torch.equal(found, logits(model, ids)):
-                        wrong.append((rung, ids.tolist()))
-                ids = torch.cat([ids, found[:, -1:].argmax(-1)], 1)
+        try:
+            for _ in range(TEXTS):
+                ids, cache = prompt, DynamicCache()
+                for _ in range(TOKENS):
+                    ids = compared(ids, cache)[:, -1:].argmax(-1)
+                assert cache.get_seq_length() == prompt.shape[1] + TOKENS - 1
+        except BaseException as error:
+            errors.append(error)
 
-    threads = [threading.Thread(target=generate, args=(prompt,)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    generator = random.Random(0)
-    for _ in range(SWITCHES):
-        switch.set(generator.randrange(len(switch.rungs)))
-        time.sleep(0.002)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=generate, args=(tiny.batch(1, 5, seed=seed),)) for seed in range(THREADS)]
+    handle = model.model.layers[1].register_forward_pre_hook(change)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        handle.remove()
+    assert not errors
     assert not wrong
-    assert min(seen) > 0, f"passes at each rung: {seen}"
+    assert len(sets) == 2 * sum(seen) == 2 * THREADS * TEXTS * TOKENS >= SWITCHES
+    assert min(seen) >= sum(seen) // 8, f"passes at each rung: {seen}"
 
 
 def test_tokens_know_their_rungs(llama: tuple[Any, Switch]) -> None:
@@ -254,10 +326,10 @@ def test_passes_after_a_switch_allocate_what_they_did_before(llama: tuple[Any, S
 
 def test_bad_rungs_and_names_are_refused() -> None:
     switch = Switch(["a", "b"], [[4, 4], [8, 8]])
-    for bad in (-1, 2):
-        with pytest.raises(ConfigError, match=f"rung {bad} does not exist: there are 2, 0 is the cheapest"):
+    for bad in (-1, 2, 0.5, float("nan"), "1", None):
+        with pytest.raises(ConfigError, match=f"rung {bad!r} does not exist: there are 2, 0 is the cheapest"):
             switch.set(bad)
-        with pytest.raises(ConfigError, match=f"rung {bad} does not exist"), switch.pinned(bad):
+        with pytest.raises(ConfigError, match=f"rung {bad!r} does not exist"), switch.pinned(bad):
             pass
     assert switch.rung == 1
     with pytest.raises(ConfigError, match="level 5 does not exist: nested weights have the levels 4 and 8"):
@@ -290,4 +362,4 @@ def test_models_that_do_not_fit_stay_as_they_are() -> None:
     with pytest.raises(ConfigError, match="level 16 does not exist"):
         nest_(model, layers, rungs=(4, 16))
     assert dict(model.named_modules()) == before
-    assert not model._forward_pre_hooks
+    assert "forward" not in vars(model)

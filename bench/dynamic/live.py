@@ -151,7 +151,7 @@ def run_of(source: Path, work: Path) -> Path:
 
 
 def play(server: LiveServer, trace: Trace, start_s: float, vocabulary: int, seed: int) -> list[Request]:
-    """Submits every request of `trace` at its time and takes steps until all are served."""
+    """Submits every request of `trace` at its time and takes steps until all are served; raises what one failed by."""
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(0, vocabulary, n).tolist() for n in trace.prompt]
     sent: list[Request] = []
@@ -168,6 +168,8 @@ def play(server: LiveServer, trace: Trace, start_s: float, vocabulary: int, seed
             )  # fmt: skip
         if not server.step():
             if len(sent) == len(trace):
+                for request in sent:
+                    server.answer(request)
                 return sent
             time.sleep(max(0.0, min(0.05, trace.arrival_s[len(sent)] - now)))
 

@@ -160,6 +160,10 @@ def read_nested(path: Path | str) -> dict[str, NestedWeight]:
         raise ArtifactError(file, f"is no second plane of nested weights ({error}); {AGAIN}") from error
     if form != NAME:
         raise ArtifactError(file, f"is in the form {form!r}, this version reads {NAME}; update lowprec")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(
+            file, f"is no second plane of nested weights: its layers are {names!r}, not a list of names; {AGAIN}"
+        )
     stored = read_back(path)
     if missing := [name for name in names if name not in stored]:
         raise ArtifactError(file, f"has a residual of {missing[0]}, which the artefact beside it does not; {AGAIN}")

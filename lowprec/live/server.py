@@ -8,37 +8,47 @@ step the controller is told what is scheduled and who waits; each pass is pinned
     answer = server.generate("Once upon a time", tokens=64, effort="medium")  # .text, .tokens, .rungs, .loss_nats
 
 `generate` may be called from several threads, which then share passes: whoever has the turn takes a step for all.
-`submit` and `step` are the same without waiting, for a loop of one's own. Decoding is greedy unless `pick` says
-otherwise.
+`submit` and `step` are the same without waiting, for a loop of one's own; `submit` waits for nobody's step. Decoding is
+greedy unless `pick` says otherwise.
 
-Left out: preemption, prefix caching, streaming over a network. A request that fails takes the step with it.
+What a request's KV cache is kept in is settled when it is submitted and stays so. Caches of one kind are decoded
+together; where requests of two kinds run, a step has a decoding pass for each, within the same number of slots.
+
+A request fails alone: by its own `pick`, or with all others of a pass that fails; `answer` and `generate` raise what it
+failed by, and its slot is free again.
+
+Left out: preemption, prefix caching, streaming over a network.
 """
 
+import contextlib
+import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lowprec.artifacts.loading import cache_argument
 from lowprec.artifacts.nested import load_nested
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.ladder import Phase, read_ladder
+from lowprec.live.requests import Batch, Pick, Request
 from lowprec.live.slots import Slots
+from lowprec.records import RoundedPart
 from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.demand import Reading
+from lowprec.runtime.kvcache import request_cache
 from lowprec.runtime.spending import NANONATS, Account, LossBudget
 from lowprec.runtime.switch import Switch
 
 LADDER, NESTED = "ladder.json", "nested"
-Pick = Callable[[Tensor], int]
-"""[V] logits of one sequence -> its next token."""
+LOOK_S = 0.01
+"""Who waits for the turn looks this often whether its request was done meanwhile."""
 
 
 class Policy(Protocol):
@@ -80,32 +90,6 @@ class Answer:
     seconds: float
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Request:
-    """A request on its way; `tokens` grows until `done`. Times are the server's clock's."""
-
-    prompt: tuple[int, ...]
-    limit: int
-    stops: frozenset[int]
-    pick: Pick
-    account: Account
-    arrival_s: float
-    start_s: float = 0.0
-    first_s: float = 0.0
-    finish_s: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-    cache: Any = None
-    read: int = 0
-
-    def take(self, token: int, now_s: float) -> None:
-        """Enters its next token."""
-        self.first_s = self.first_s if self.tokens else now_s
-        self.tokens.append(token)
-        if len(self.tokens) == self.limit or token in self.stops:
-            self.done, self.finish_s = True, now_s
-
-
 def most_likely(logits: Tensor) -> int:
     """The token of the largest of [V] logits."""
     return int(logits.argmax())
@@ -124,6 +108,7 @@ class LiveServer:
 
     Raises:
         ConfigError: a switch of other rungs than the policy's.
+        UnsupportedError: a model whose cache is not of keys and values.
     """
 
     def __init__(
@@ -144,9 +129,13 @@ class LiveServer:
             )
         self.model, self.tokenizer, self.switch, self.policy = model, tokenizer, switch, policy
         self.chunk, self.clock = chunk, clock
-        self._slots, self._active = Slots(slots), list[Request]()
+        self.slots = slots
+        # By what their caches round; the first is of what the model was judged with.
+        self._batches: dict[tuple[RoundedPart, ...], Batch] = {}
+        self._batch_of(request_cache(model).parts)
+        # Anyone appends, who has the turn takes out: no lock.
         self._waiting: deque[Request] = deque()
-        self._reading: Request | None = None
+        self._reading: list[Request] = []
         self._cache_name, self._turn = cache_argument(model), threading.Lock()
         config = model.config
         windows = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
@@ -161,8 +150,9 @@ class LiveServer:
         stop: Collection[int] | None = None,
         pick: Pick = most_likely,
         arrival_s: float | None = None,
+        cache_bits: int | None = None,
     ) -> Request:
-        """Enters a request; steps serve it.
+        """Enters a request; steps serve it. It waits for no step that runs.
 
         Args:
             prompt: text, or token ids.
@@ -170,12 +160,16 @@ class LiveServer:
             effort: "high" keeps every token at the top rung, "medium" in the upper half, "low" anywhere.
             stop: tokens that end the answer; None for those that the model's configuration names.
             arrival_s: when it came, by the server's clock; None for now.
+            cache_bits: of its KV cache, from now to its end: None for what the model was judged with, 16, or 8 (see
+                `lowprec.runtime.kvcache.request_cache`).
 
         Raises:
             ConfigError: a prompt that is empty, too long with its answer, or of unknown tokens; an unknown effort; text
-                without a tokenizer.
+                without a tokenizer; other bits.
+            UnsupportedError: a cache of 8 bits that no layer can have.
         """
         ids = self._ids(prompt)
+        tokens = _whole(tokens, "tokens of an answer")
         if tokens < 1 or not ids:
             raise ConfigError(f"a prompt of {len(ids)} tokens and an answer of {tokens}: give 1 or more of each")
         if not all(0 <= token < self.model.config.vocab_size for token in ids):
@@ -191,23 +185,38 @@ class LiveServer:
             stops=frozenset(self._ends() if stop is None else stop),
             pick=pick,
             account=self.policy.open(effort),
+            cache=request_cache(self.model, cache_bits),
             arrival_s=self.clock() if arrival_s is None else arrival_s,
         )
-        with self._turn:
-            self._waiting.append(request)
+        self._waiting.append(request)
         return request
 
     def generate(self, prompt: str | Sequence[int], tokens: int = 128, effort: str = "medium", **given: Any) -> Answer:
-        """Submits a request and takes steps until it is done; arguments as for `submit`."""
+        """Submits a request and takes steps until it is done; arguments as for `submit`.
+
+        Raises:
+            Exception: see `submit`; and what the request failed by.
+        """
         request = self.submit(prompt, tokens, effort, **given)
-        while not request.done:
-            with self._turn:
-                if not request.done:
-                    self._step()
+        # Nobody would take up what is left behind here: it ends with the wait for it.
+        with self._failing([request]):
+            while not request.done:
+                if self._turn.acquire(timeout=LOOK_S):
+                    try:
+                        if not request.done and not self._step():
+                            raise RuntimeError("the server has nothing to do, and this request is not done")
+                    finally:
+                        self._turn.release()
         return self.answer(request)
 
     def answer(self, request: Request) -> Answer:
-        """What a request has got; it is `done` when that is all."""
+        """What a request has got; it is `done` when that is all.
+
+        Raises:
+            Exception: what the request failed by.
+        """
+        if request.error is not None:
+            raise request.error
         rungs = tuple(request.account.rungs())
         spent = sum(self.policy.prices[rung] for rung in rungs) / NANONATS
         return Answer(
@@ -221,7 +230,7 @@ class LiveServer:
         )
 
     def step(self) -> bool:
-        """Takes one step for all requests; False where there is none."""
+        """Takes one step for all requests; False where there is none. What fails a request is not raised here."""
         with self._turn:
             return self._step()
 
@@ -233,11 +242,15 @@ class LiveServer:
     @property
     def running(self) -> int:
         """Requests that were begun and are not done."""
-        return len(self._active) + (self._reading is not None)
+        return self._decoding + len(self._reading)
+
+    @property
+    def _decoding(self) -> int:
+        return sum(len(batch.requests) for batch in self._batches.values())
 
     def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(int(token) for token in prompt)
+            return tuple(_whole(token, "the number of a token") for token in prompt)
         if self.tokenizer is None:
             raise ConfigError("this model came without a tokenizer: give the prompt as token ids")
         return tuple(self.tokenizer(prompt)["input_ids"])
@@ -247,76 +260,98 @@ class LiveServer:
         ends = getattr(generation, "eos_token_id", None)
         return () if ends is None else ends if isinstance(ends, list) else (ends,)
 
+    def _batch_of(self, parts: tuple[RoundedPart, ...]) -> Batch:
+        if parts not in self._batches:
+            self._batches[parts] = Batch(Slots(self.model.config, parts, self.slots))
+        return self._batches[parts]
+
+    @contextlib.contextmanager
+    def _failing(self, requests: Collection[Request]) -> Iterator[None]:
+        """What goes wrong while open ends these requests and nothing else; Ctrl-C goes on to the thread it hit."""
+        try:
+            yield
+        except BaseException as error:
+            for request in requests:
+                request.fail(error, self.clock())
+            if not isinstance(error, Exception):
+                raise
+
     def _step(self) -> bool:
-        if not (self._waiting or self._active or self._reading):
+        if not (self._waiting or self.running):
             return False
         now = self.clock()
         pieces, admitted = self._schedule(now)
+        batches = [batch for batch in self._batches.values() if batch.requests]
         oldest = max(0.0, now - self._waiting[0].arrival_s) if self._waiting else 0.0
         prefill = sum(tokens for _, tokens in pieces)
-        self.policy.decide(Reading(now, prefill, len(self._active), len(self._waiting), oldest, admitted))
-        running = list(self._active)
-        begun = [request for request, tokens in pieces if self._read(request, tokens)]
-        if running:
-            self._decode(running)
-        for request in begun:
-            if not request.done:
-                self._slots.add(request.cache, len(request.prompt))
-                self._active.append(request)
-            request.cache = None
+        try:
+            self.policy.decide(Reading(now, prefill, self._decoding, len(self._waiting), oldest, admitted))
+            for request, tokens in pieces:
+                self._read(request, tokens)
+            for batch in batches:
+                self._decode(batch)
+        finally:
+            # Whatever has ended the step, each request is in one place, and the next step goes on with it.
+            self._sort()
         return True
 
     def _schedule(self, now: float) -> tuple[list[tuple[Request, int]], int]:
         """(request, tokens of its prompt) of this step, in order of arrival, and how many were admitted."""
         room, pieces, admitted = self.chunk, list[tuple[Request, int]](), 0
-        if self._reading is not None:
-            request = self._reading
+        while room:
+            if len(pieces) == len(self._reading):
+                if not self._waiting or self.running >= self.slots:
+                    break
+                request = self._waiting.popleft()
+                if request.done:
+                    continue
+                request.start_s = now
+                self._reading.append(request)
+                admitted += 1
+            request = self._reading[len(pieces)]
             tokens = min(room, len(request.prompt) - request.read)
             room -= tokens
             pieces.append((request, tokens))
-        while room and self._waiting and len(self._active) + len(pieces) < self._slots.slots:
-            request = self._waiting.popleft()
-            request.start_s = now
-            tokens = min(room, len(request.prompt))
-            room -= tokens
-            admitted += 1
-            pieces.append((request, tokens))
-        # Only the last one can be cut.
-        last = pieces[-1] if pieces else None
-        self._reading = last[0] if last and last[0].read + last[1] < len(last[0].prompt) else None
         return pieces, admitted
 
-    def _read(self, request: Request, tokens: int) -> bool:
-        """Reads a piece of a prompt; whether it was the last, whose pass makes the first token."""
-        piece = request.prompt[request.read : request.read + tokens]
-        request.cache = DynamicCache() if request.cache is None else request.cache
+    def _sort(self) -> None:
+        """Frees the slots of what is done; has what was read decoded from the next step on."""
+        for batch in self._batches.values():
+            batch.drop_done()
+        for request in self._reading:
+            if request.done:
+                request.cache = None
+            elif request.tokens and request.cache is not None:
+                with self._failing([request]):
+                    self._batch_of(request.cache.parts).add(request)
+        self._reading = [request for request in self._reading if not (request.tokens or request.done)]
+
+    def _read(self, request: Request, tokens: int) -> None:
+        """Reads a piece of a prompt; the pass over the last one makes the first token."""
         last = request.read + tokens == len(request.prompt)
         accounts = [request.account] if last else []
-        rung = self.policy.pass_rung("prefill", accounts)
-        logits, rung, seconds = self._pass(rung, torch.tensor([piece]), request.cache)
-        request.read += tokens
-        self.policy.settle("prefill", rung, accounts, tokens, seconds)
-        if last:
-            request.take(request.pick(logits[0]), self.clock())
-        return last
+        with self._failing([request]):
+            piece = request.prompt[request.read : request.read + tokens]
+            rung = self.policy.pass_rung("prefill", accounts)
+            logits, rung, seconds = self._pass(rung, torch.tensor([piece]), request.cache)
+            request.read += tokens
+            self.policy.settle("prefill", rung, accounts, tokens, seconds)
+            if last:
+                request.choose(logits[0], self.clock())
 
-    def _decode(self, running: Sequence[Request]) -> None:
+    def _decode(self, batch: Batch) -> None:
         """One token for each."""
-        accounts = [request.account for request in running]
-        rung = self.policy.pass_rung("decode", accounts)
-        ids = torch.tensor([[request.tokens[-1]] for request in running])
-        logits, rung, seconds = self._pass(rung, ids, self._slots, **self._slots.begin(self.model.dtype))
-        self._slots.end()
-        self.policy.settle("decode", rung, accounts, len(running), seconds)
-        now = self.clock()
-        for request, row in zip(running, logits, strict=True):
-            request.take(request.pick(row), now)
-        for row in reversed(range(len(running))):
-            if running[row].done:
-                self._slots.remove(row)
-                # As the rows do: the last one takes the place.
-                self._active[row] = self._active[-1]
-                self._active.pop()
+        accounts = [request.account for request in batch.requests]
+        with self._failing(batch.requests):
+            rung = self.policy.pass_rung("decode", accounts)
+            ids = torch.tensor([[request.tokens[-1]] for request in batch.requests])
+            logits, rung, seconds = self._pass(rung, ids, batch.slots, **batch.slots.begin(self.model.dtype))
+            batch.slots.end()
+            self.policy.settle("decode", rung, accounts, len(accounts), seconds)
+            now = self.clock()
+            for request, row in zip(batch.requests, logits, strict=True):
+                with self._failing([request]):
+                    request.choose(row, now)
 
     def _pass(self, rung: int, ids: Tensor, cache: Any, **given: Tensor) -> tuple[Tensor, int, float]:
         """One forward pass at `rung` -> logits of the last position [B, V], the rung that it ran at, its seconds."""
@@ -326,6 +361,13 @@ class LiveServer:
         ran = self.switch.last_rung
         assert ran is not None
         return output.logits[:, -1].float(), ran, self.clock() - start
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{value!r} is no whole number: give one for {what}") from None
 
 
 def serve(

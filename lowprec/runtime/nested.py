@@ -179,9 +179,19 @@ def nest_(
         parent, _, child = name.rpartition(".")
         layer.train(known[name].training)
         setattr(model.get_submodule(parent), child, layer)
-    model.register_forward_pre_hook(switch.begin, prepend=True)
-    model.register_forward_hook(switch.end, always_call=True)
+    model.forward = _Forward(model.forward, switch)
     return switch
+
+
+class _Forward:
+    """A model's forward whose calls are passes of `switch`; a class, so that the model can be copied and pickled."""
+
+    def __init__(self, forward: Callable[..., Any], switch: Switch) -> None:
+        # Its parameters are asked for by name, which this lets `inspect.signature` see.
+        self.__wrapped__, self._switch = forward, switch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._switch.in_pass(self.__wrapped__, *args, **kwargs)
 
 
 def _places(groups: Mapping[str, Sequence[str]], nested: Mapping[str, NestedWeight]) -> dict[str, int]:

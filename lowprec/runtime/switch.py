@@ -3,16 +3,17 @@
 A *rung* is a level for each group of layers; rungs are few and made when the model is converted. Changing the rung
 stores one integer: nothing is allocated, copied or compiled, and weights of all levels stay where they are. A forward
 pass of the model notes the rung when it begins, for its own thread, and all its layers read that note: whatever other
-threads store meanwhile, a pass runs at one rung from the first layer to the last. What is called without a pass (a
-layer by itself) sees the rung of the moment.
+threads store meanwhile, a pass runs at one rung from the first layer to the last. However it ends, Ctrl-C included, the
+note ends with it. What is called without a pass (a layer by itself) sees the rung of the moment.
 
 No torch here. Left out: passes that are spread over several threads, whose layers would see no note or another one.
 """
 
 import contextlib
+import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 from lowprec.errors import ConfigError
 from lowprec.formats.nested import require_level
@@ -22,7 +23,6 @@ from lowprec.registry import closest
 class _Pass(threading.local):
     """What a thread knows of its pass."""
 
-    depth = 0
     rung = -1
     vector: tuple[int, ...] | None = None
     pinned: int | None = None
@@ -64,9 +64,16 @@ class Switch:
         Raises:
             ConfigError: there is no such rung.
         """
-        if not 0 <= rung < len(self.rungs):
-            raise ConfigError(f"rung {rung} does not exist: there are {len(self.rungs)}, 0 is the cheapest")
-        self._rung = rung
+        self._rung = self._known(rung)
+
+    def _known(self, rung: SupportsIndex) -> int:
+        try:
+            found = operator.index(rung)
+        except TypeError:
+            found = -1
+        if not 0 <= found < len(self.rungs):
+            raise ConfigError(f"rung {rung!r} does not exist: there are {len(self.rungs)}, 0 is the cheapest")
+        return found
 
     @property
     def last_rung(self) -> int | None:
@@ -85,9 +92,7 @@ class Switch:
         Raises:
             ConfigError: there is no such rung.
         """
-        if not 0 <= rung < len(self.rungs):
-            raise ConfigError(f"rung {rung} does not exist: there are {len(self.rungs)}, 0 is the cheapest")
-        before, self._pass.pinned = self._pass.pinned, rung
+        before, self._pass.pinned = self._pass.pinned, self._known(rung)
         try:
             yield
         finally:
@@ -103,21 +108,19 @@ class Switch:
         finally:
             self._pass.record = before
 
-    def begin(self, *_: Any) -> None:
-        """Begins a pass in this thread; a pass within one belongs to it. A forward pre-hook."""
+    def in_pass(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls `forward` as a pass of this thread; a pass within one belongs to it."""
         now = self._pass
-        now.depth += 1
-        if now.depth == 1:
+        if now.vector is not None:
+            return forward(*args, **kwargs)
+        # No counting and no hooks: those miss what is no `Exception`, and an interrupted pass would never end.
+        try:
             now.rung = self._rung if now.pinned is None else now.pinned
             now.vector = self.rungs[now.rung]
             if now.record is not None:
                 now.record.append(now.rung)
-
-    def end(self, *_: Any) -> None:
-        """Ends it. A forward hook, which must run after errors, too."""
-        now = self._pass
-        now.depth -= 1
-        if now.depth == 0:
+            return forward(*args, **kwargs)
+        finally:
             now.vector = None
 
     def __reduce__(self) -> tuple[Any, ...]:
