@@ -24,7 +24,9 @@ from lowprec.live.slots import Slots
 from lowprec.records import RoundedPart
 from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.demand import Reading
-from lowprec.runtime.kvcache import PARTS, RoundedLayer, every_part, request_cache, serving_cache
+from lowprec.runtime.kvcache import PARTS, RoundedLayer
+from lowprec.runtime.request_cache import every_part, request_cache
+from lowprec.runtime.serving_cache import serving_cache
 from lowprec.runtime.spending import LossBudget
 from lowprec.runtime.switch import Switch
 from lowprec.simulate.measure import worst_window

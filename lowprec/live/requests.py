@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lowprec.live.slots import Slots
-from lowprec.runtime.kvcache import RequestCache
+from lowprec.runtime.request_cache import RequestCache
 from lowprec.runtime.spending import Account
 
 Pick = Callable[[Tensor], int]

@@ -42,7 +42,7 @@ from lowprec.live.slots import Slots
 from lowprec.records import RoundedPart
 from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.demand import Reading
-from lowprec.runtime.kvcache import request_cache
+from lowprec.runtime.request_cache import request_cache
 from lowprec.runtime.spending import NANONATS, Account, LossBudget
 from lowprec.runtime.switch import Switch
 
@@ -161,7 +161,7 @@ class LiveServer:
             stop: tokens that end the answer; None for those that the model's configuration names.
             arrival_s: when it came, by the server's clock; None for now.
             cache_bits: of its KV cache, from now to its end: None for what the model was judged with, 16, or 8 (see
-                `lowprec.runtime.kvcache.request_cache`).
+                `lowprec.runtime.request_cache.request_cache`).
 
         Raises:
             ConfigError: a prompt that is empty, too long with its answer, or of unknown tokens; an unknown effort; text

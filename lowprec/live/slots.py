@@ -19,7 +19,8 @@ from transformers import cache_utils
 
 from lowprec.errors import UnsupportedError
 from lowprec.records import CachePart, RoundedPart
-from lowprec.runtime.kvcache import PARTS, RequestCache, RoundedLayer, by_layer
+from lowprec.runtime.kvcache import PARTS, RoundedLayer, by_layer
+from lowprec.runtime.request_cache import RequestCache
 
 COLUMNS = 256
 
