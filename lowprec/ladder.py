@@ -9,8 +9,8 @@ higher precision; the last is the top. What a ladder must hold to be one is chec
     plausible    finite, positive times; p20 <= p50 <= p80; lower <= loss <= upper; tokens strictly rising
 
 Time of a pass that was not measured: linear between the measured numbers of tokens; below the first the first (a pass
-has fixed costs); beyond the last in proportion. A step that reads prompts and decodes is two passes, one after the
-other, as the torch runtime does it. A runtime that fuses both takes less.
+has fixed costs); beyond the last in proportion. A step that reads prompts and decodes is a pass for each prompt and one
+for all that is decoded, one after the other, as `lowprec.live` does it. A runtime that fuses them takes less.
 
 Left out: the length of the context. Decode times hold at `context_tokens`.
 """
@@ -127,7 +127,7 @@ class Ladder:
         context_tokens: tokens in the cache of each sequence where decoding was timed.
         loss_tokens: tokens that the losses are from.
         layers: (group, its layers) of the model, so that a switch can be made for it; empty where there is none.
-        confidence: one-sided, of each bound of a loss.
+        confidence: one-sided, of each bound of a loss; between 0 and 1.
         notes: (what, how) that a reader must know, such as which times are modelled and from what.
 
     Raises:
@@ -147,6 +147,13 @@ class Ladder:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        if self.context_tokens < 0 or self.loss_tokens < 1:
+            raise ConfigError(
+                f"decoding at {self.context_tokens} tokens of context, losses from {self.loss_tokens} tokens: "
+                "give 0 or more of the first and 1 or more of the second"
+            )
+        if not 0.0 < self.confidence < 1.0:
+            raise ConfigError(f"confidence {self.confidence:g} is outside (0, 1): give for example 0.95")
         names = [rung.name for rung in self.rungs]
         if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"a ladder has two rungs or more, each with a name of its own; these are {names}")

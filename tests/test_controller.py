@@ -5,6 +5,8 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowprec.errors import ConfigError
-from lowprec.runtime.controller import BACKWARDS, NONSENSE, PENNILESS, Controller, Objectives, Tuning
+from lowprec.runtime.controller import BACKWARDS, NONSENSE, OVERDRAWN, PENNILESS, Controller, Objectives, Tuning
 from lowprec.runtime.demand import Reading
 from lowprec.runtime.spending import LossBudget, price_of
 from lowprec.simulate.measure import most_within
@@ -62,9 +64,12 @@ def calm(found: Controller, start: float, seconds: float, sequences: int = 2) ->
         ({"ttft_s": 1.0, "tpot_s": float("nan")}, "time per output token of nan s"),
         ({"ttft_s": 1e9, "tpot_s": 0.1}, "at most 3600"),
         ({"ttft_s": 1.0, "tpot_s": 0.1, "percentile": 95.0}, "percentile 95 is outside"),
+        ({"ttft_s": "1", "tpot_s": 0.1}, "time to first token of '1' s"),
+        ({"ttft_s": 1.0, "tpot_s": None}, "time per output token of None s"),
+        ({"ttft_s": 1.0, "tpot_s": 0.1, "percentile": "0.9"}, "percentile '0.9' is outside"),
     ],
 )
-def test_objectives_that_cannot_be(fields: dict[str, float], words: str) -> None:
+def test_objectives_that_cannot_be(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Objectives(**fields)
 
@@ -113,6 +118,48 @@ def test_nothing_that_is_read_makes_it_raise_or_leave_the_ladder(steps: list[tup
     assert found.decide(None) == found.rung  # type: ignore[arg-type]
 
 
+@given(st.lists(st.tuples(st.sampled_from(["prefill", "decode", None]), *[NUMBERS] * 5), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_nothing_that_a_pass_is_said_to_be_makes_it_raise(passes: list[tuple[Any, ...]]) -> None:
+    found, account = controller(POOR), controller(POOR).open()
+    for step, (phase, rung, made, tokens, seconds, repeats) in enumerate(passes):
+        events = sum(found.events.values())
+        found.count(phase, rung, made, tokens, seconds, repeats)
+        found.settle(phase, rung, [account], tokens, seconds)
+        if phase is None or not isinstance(rung, int) or not 0 <= rung <= found.top:
+            assert sum(found.events.values()) == events + 2
+        found.decide(reading(0.3 * step, queue_length=step))
+        assert 0 <= found.pass_rung("decode", [account]) <= found.top
+        assert min(found.tokens) >= 0
+        assert all(map(math.isfinite, (*found.demand.work_s, *found.demand.stretch, found.demand.prompt_s)))
+        assert min(found.demand.work_s) > 0
+
+
+@pytest.mark.parametrize("tokens", [-5000, None, math.nan, 2.5])
+def test_prompt_tokens_that_cannot_be_are_counted_and_leave_the_rest(tokens: Any) -> None:
+    found, account = controller(), controller().open()
+    found.settle("prefill", found.top, [account], tokens, 0.02)
+    assert found.events[NONSENSE] == 1
+    assert found.tokens[found.top] == account.made == 1, "its first token was made all the same"
+    overloaded(found, 0.0, 3.0)
+    assert found.rung == 0
+
+
+def test_a_pass_that_was_not_asked_for_is_paid_for_by_those_after_it() -> None:
+    """Two passes in flight, as an asynchronous scheduler has them: asked for before either is settled."""
+    found = controller(POOR, tuning=Tuning(early_tokens=0))
+    found.rung = 0
+    accounts = [found.open() for _ in range(SLOTS)]
+    for _ in range(2000):
+        for rung in [found.pass_rung("decode", accounts) for _ in range(2)]:
+            found.settle("decode", rung, accounts, SLOTS, 0.02)
+    spent = sum(n * p for n, p in zip(found.tokens, found.prices, strict=True))
+    once = SLOTS * found.prices[0]
+    assert spent <= found.bucket.burst + found.bucket.rate * sum(found.tokens) + once
+    assert found.bucket.balance >= -once
+    assert found.events[OVERDRAWN] >= 1
+
+
 @given(
     st.lists(st.tuples(st.floats(0.0, 0.7), st.integers(0, SLOTS), st.integers(0, 200), st.floats(0, 9)), max_size=80)
 )
@@ -129,6 +176,67 @@ def test_never_three_switches_within_a_second(steps: list[tuple[float, int, int,
             found.count("decode", found.rung_for(0, sequences), sequences, sequences, 0.02)
     assert most_within(times, 1.0) <= 2
     assert found.switches == len(times)
+
+
+def wanted_at(
+    found: Controller, steps: int, pass_s: Callable[[], float], queues: Callable[[float], int]
+) -> list[float]:
+    """When the wanted rung changed, in so many full passes."""
+    now, times = 0.0, []
+    for _ in range(steps):
+        before, queue, took = found.rung, queues(now), pass_s()
+        found.decide(reading(now, queue_length=queue, oldest_wait_s=3.0 if queue > 99 else 1.0 if queue else 0.0))
+        found.count("decode", found.rung_for(0, SLOTS), SLOTS, SLOTS, took)
+        assert found.bucket.balance >= 0
+        if found.rung != before:
+            times.append(now)
+        now += took
+    return times
+
+
+@given(
+    st.floats(0.0, 0.1), st.floats(0.0, 0.4), st.sampled_from([0.003, 0.005, 0.02]), st.integers(5, 150), st.integers(0)
+)
+@settings(max_examples=40, deadline=None)
+def test_nor_where_the_money_runs_out(nats: float, share: float, pace: float, few: int, seed: int) -> None:
+    random = Random(seed)
+    budget = LossBudget(nats_per_token=0.0056 / (1 - share) + nats, burst_share=share)
+    found = controller(budget)
+    times = wanted_at(
+        found,
+        700,
+        lambda: pace * random.uniform(0.5, 1.5),
+        lambda now: 0 if now < 1 else few if now < 1.45 else random.choice([100, 300, 600]),
+    )
+    assert most_within(times, 1.0) <= 2
+    assert all(later - earlier >= found.tuning.dwell_s - 1e-9 for earlier, later in itertools.pairwise(times))
+
+
+def test_a_machine_that_is_faster_than_its_ladder_spends_faster() -> None:
+    """Passes of 3 ms where the ladder has 20: money for two seconds is that of nearly seven times the tokens."""
+    found = controller(LossBudget(nats_per_token=0.0218, burst_share=0.262))
+    times = wanted_at(found, 2000, lambda: 0.003, lambda now: 0 if now < 2 else 40 if now < 2.45 else 600)
+    assert found.demand.slowness == pytest.approx(0.15, rel=0.05)
+    assert most_within(times, 1.0) <= 2
+    entered = [rung for rung, tokens in enumerate(found.tokens) if tokens and rung < found.earned]
+    rates = SLOTS / 0.003
+    assert all(2 * rates * (found.prices[rung] - found.bucket.rate) <= found.bucket.burst for rung in entered)
+
+
+def test_out_of_money_passes_rise_at_once_and_the_wanted_rung_when_it_may() -> None:
+    found = controller(POOR)
+    found.decide(reading(0.0))
+    found._switch(0)
+    found.bucket.balance = 0
+    assert found.rung_for(0, SLOTS) == found.earned
+    assert found.rung_for(0, SLOTS) == found.earned
+    assert found.rung == 0
+    assert found.events[PENNILESS] == 1
+    # What was earned meanwhile does not buy a pass here and there.
+    found.bucket.balance = found.bucket.burst // 4
+    assert found.rung_for(0, SLOTS) == found.earned
+    found.decide(reading(1.5, queue_length=100, oldest_wait_s=3.0))
+    assert found.rung_for(0, SLOTS) == found.rung == found.earned
 
 
 def test_down_at_once_and_up_slowly() -> None:

@@ -132,6 +132,20 @@ def test_a_group_that_falls_on_the_way_up_needs_a_proof() -> None:
         dataclasses.replace(whole, rungs=doubted)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"confidence": 7.0}, "confidence 7 is outside"),
+        ({"confidence": float("nan")}, "confidence nan is outside"),
+        ({"context_tokens": -3}, "decoding at -3 tokens of context"),
+        ({"loss_tokens": 0}, "losses from 0 tokens"),
+    ],
+)
+def test_what_no_measurement_can_be_from(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(ladder(), **fields)
+
+
 def test_rungs_are_found_by_name() -> None:
     assert ladder().rung_named("r3") == 3
     assert ladder().top == 4

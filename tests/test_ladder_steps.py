@@ -109,6 +109,59 @@ def test_rungs_are_called_by_what_is_low() -> None:
     assert names(mixes, sizes) == ["INT4", "98% INT4 (2 groups)", "98% INT4 (1 group)", "INT8"]
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "loss", "kept"),
+    [
+        # A little more than the bottom: the bottom is faster and better.
+        (1, 0.10001, ["r0", "r2", "r3", "r4"]),
+        # One bad measurement near the top leaves the others alone.
+        (3, 0.099, ["r0", "r1", "r2", "r4"]),
+        # As the top measures, better than what stands above it: both of those go, not the bottom.
+        (0, 0.01, ["r0", "r4"]),
+        (2, 0.04, ["r0", "r1", "r2", "r3", "r4"]),
+    ],
+)
+def test_noise_in_a_loss_never_drops_the_better_rung(spoilt: int, loss: float, kept: list[str]) -> None:
+    rungs = list(ladder().rungs)
+    rungs[spoilt] = dataclasses.replace(rungs[spoilt], loss_nats=loss, loss_lower=0.0, loss_upper=0.2)
+    found, left = steps_only(rungs)
+    assert [rung.name for rung in found] == kept
+    assert [name for name, _ in left] == [rung.name for rung in reversed(rungs) if rung.name not in kept]
+    dataclasses.replace(ladder(), rungs=tuple(found))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.001, 0.2), st.floats(0.5, 1.5), st.floats(0.5, 1.5)), min_size=4, max_size=4),
+)
+def test_what_is_kept_is_a_ladder_that_nothing_left_out_beats(noise: list[tuple[float, float, float]]) -> None:
+    *below, top = ladder().rungs
+    spoilt = [
+        dataclasses.replace(
+            rung, loss_nats=loss, loss_lower=0.0, loss_upper=0.3,
+            decode=tuple(pass_time(t.tokens, t.p50_us * (one if t.tokens == 1 else many)) for t in rung.decode),
+        )
+        for rung, (loss, one, many) in zip(below, noise, strict=True)
+    ]  # fmt: skip
+    kept, left = steps_only([*spoilt, top])
+    assert kept[-1] == top
+    assert sorted([rung.name for rung in kept] + [name for name, _ in left]) == ["r0", "r1", "r2", "r3", "r4"]
+    if len(kept) > 1:
+        dataclasses.replace(ladder(), rungs=tuple(kept))
+    for better, worse in itertools.permutations(spoilt, 2):
+        beaten = better.loss_nats <= worse.loss_nats and all(
+            a.p50_us <= b.p50_us for a, b in zip(better.decode, worse.decode, strict=True)
+        )
+        assert not (beaten and worse in kept and better.loss_nats >= top.loss_nats)
+
+
+def test_of_two_equal_rungs_one_stays() -> None:
+    low, high = ladder().rungs[0], ladder().rungs[-1]
+    kept, left = steps_only([low, dataclasses.replace(low, name="twin"), high])
+    assert [rung.name for rung in kept] == ["twin", "r4"]
+    assert [name for name, _ in left] == ["r0"]
+
+
 def test_only_steps_are_kept() -> None:
     whole = ladder()
     slow = dataclasses.replace(whole.rungs[1], decode=tuple(pass_time(n, 1e6) for n in (1, 4, 16)))

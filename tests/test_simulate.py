@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ def test_a_file_of_arrivals(tmp_path: Path) -> None:
         trace.faster(0.0)
 
 
+def test_a_date_without_a_zone_is_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "trace.csv"
+    # In Berlin the second of these is an hour and a second after the first.
+    file.write_text(
+        "arrival,prompt,output\n2023-03-26 01:59:59,5,7\n2023-03-26 02:00:00,5,7\n2023-03-26T02:00:02Z,5,7\n"
+    )
+    with monkeypatch.context() as zone:
+        zone.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        found = read_trace(file).arrival_s.tolist()
+    time.tzset()
+    assert found == [0.0, 1.0, 3.0]
+
+
 def test_the_columns_of_public_traces(tmp_path: Path) -> None:
     azure, burst = tmp_path / "azure.csv", tmp_path / "burst.csv"
     azure.write_text(
@@ -184,7 +199,7 @@ def step_by_step(trace: Trace, server: Server, policy: Policy) -> tuple[np.ndarr
     while waiting or reading or running:
         if not reading and not running and trace.arrival_s[waiting[0]] > now:
             now = float(trace.arrival_s[waiting[0]])
-        room, admitted, done = server.chunk, 0, []
+        room, admitted, done, pieces = server.chunk, 0, [], []
         while room:
             if not reading:
                 full = len(running) + len(done) >= server.slots
@@ -195,15 +210,17 @@ def step_by_step(trace: Trace, server: Server, policy: Policy) -> tuple[np.ndarr
             taken = min(room, left[reading[0]])
             left[reading[0]] -= taken
             room -= taken
+            pieces.append((reading[0], taken))
             if not left[reading[0]]:
                 done.append(reading.pop(0))
         queue = [i for i in waiting if trace.arrival_s[i] <= now]
         oldest = now - float(trace.arrival_s[queue[0]]) if queue else 0.0
         policy.decide(Reading(now, server.chunk - room, len(running), len(queue), oldest, admitted))
         took = 0.0
-        if room < server.chunk:
-            took += prefill[server.chunk - room]
-            policy.count("prefill", policy.top, len(done), server.chunk - room, took)
+        for i, taken in pieces:
+            policy.count("prefill", policy.top, int(i in done), taken, prefill[taken])
+            took += prefill[taken]
+            first[i] = now + took
         if running:
             early = getattr(getattr(policy, "tuning", None), "early_tokens", 0)
             young = policy.spares_early and any(len(rungs[i]) < early for i in running)
@@ -218,10 +235,9 @@ def step_by_step(trace: Trace, server: Server, policy: Policy) -> tuple[np.ndarr
             running.remove(i)
             last[i] = now
         for i in done:
-            first[i] = now
             rungs[i].append(policy.top)
             if trace.output[i] == 1:
-                last[i] = now
+                last[i] = first[i]
             else:
                 running.append(i)
     return first, last, rungs
@@ -238,6 +254,20 @@ def test_taking_many_steps_at_once_changes_nothing(chunk: int) -> None:
     assert sum(tokens for _, tokens in found.tokens) == trace.output.sum()
     assert all(found.rungs_of(i, int(trace.output[i])) == rungs[i] for i in range(len(trace)))
     assert found.busy_s <= found.finish_s.max()
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(8, 32), (16, 4)])
+def test_each_prompt_is_a_pass_of_its_own_as_live_has_it(count: int, tokens: int) -> None:
+    trace = Trace(
+        name="at once", arrival_s=np.zeros(count), prompt=np.full(count, tokens), output=np.ones(count, np.int64),
+        effort=np.zeros(count, np.int64), end_s=0.0,
+    )  # fmt: skip
+    policy = live()
+    found, each = replay(trace, SERVER, policy), 1e-6 * SERVER.ladder.rungs[-1].pass_us("prefill", tokens)
+    np.testing.assert_allclose(found.first_s, each * np.arange(1, count + 1))
+    assert found.busy_s == pytest.approx(count * each)
+    policy.decide(Reading(1.0, 0, 0, 0, 0.0, 0))
+    assert policy.demand.slowness == pytest.approx(1.0), "what it is told of is what the ladder has"
 
 
 def test_the_controller_decides_alike_step_by_step() -> None:

@@ -16,11 +16,13 @@ paid for and its time is compared with the ladder's (`settle`).
                    come now so. A low rung makes the last tokens of a burst faster than the top need ever do, and to
                    wait until the slots are free again would keep it low for as long as a request lasts.
     between        half a second from switch to switch, never three within a second; and a rung that costs more than
-                   the budget earns is entered only with money for two seconds there.
+                   the budget earns is entered only with money for two seconds there. Where that runs out sooner, passes
+                   are made higher than wanted until the next switch may come.
 
 Prompts are read at the top rung. A request's first tokens are made there, too, as long as waits are short: what is
 decoded late pays first. What the budget cannot pay is made higher, whatever waits. Nothing here raises while serving:
-on nonsense (a NaN, a negative count, a clock that goes back) the rung is held, and `events` counts it.
+on nonsense (a NaN, a negative count, a clock that goes back) the rung is held, what cannot be true is not entered, and
+`events` counts it.
 
 State and work are O(1) but for a loop over the rungs. One scheduler calls it, from one thread.
 
@@ -34,18 +36,19 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import index
 from typing import Literal
 
 from lowprec.errors import ConfigError
-from lowprec.ladder import Ladder, Phase
+from lowprec.ladder import PHASES, Ladder, Phase
 from lowprec.registry import closest
-from lowprec.runtime.demand import Demand, Reading
-from lowprec.runtime.spending import Account, Bucket, LossBudget, price_of
+from lowprec.runtime.demand import MOST, Demand, Reading
+from lowprec.runtime.spending import Account, Bucket, LossBudget, is_number, price_of
 
 Effort = Literal["low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 LONGEST_S = 3600.0
-NONSENSE, BACKWARDS, PENNILESS = "nonsense", "clock went back", "out of budget"
+NONSENSE, BACKWARDS, PENNILESS, OVERDRAWN = "nonsense", "clock went back", "out of budget", "overdrawn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,14 @@ class Objectives:
 
     def __post_init__(self) -> None:
         for name, value in (("time to first token", self.ttft_s), ("time per output token", self.tpot_s)):
-            if not 0.0 < value <= LONGEST_S:
-                raise ConfigError(f"{name} of {value:g} s: give seconds above 0, at most {LONGEST_S:g}")
-        if not 0.5 <= self.percentile < 1.0:
-            raise ConfigError(f"percentile {self.percentile:g} is outside [0.5, 1): give for example 0.95")
+            if not (is_number(value) and 0.0 < value <= LONGEST_S):
+                raise ConfigError(f"{name} of {_shown(value)} s: give seconds above 0, at most {LONGEST_S:g}")
+        if not (is_number(self.percentile) and 0.5 <= self.percentile < 1.0):
+            raise ConfigError(f"percentile {_shown(self.percentile)} is outside [0.5, 1): give for example 0.95")
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if is_number(value) else repr(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +123,8 @@ class Controller:
         ladder: the model's, checked against it by `Ladder.check_model`.
         slots: sequences that are decoded together at most.
         longest_prompt: tokens up to which times of passes over prompts are tabulated.
-        request_budget: of each request by itself; by default as much as of all together.
+        request_budget: of each request by itself; by default as much as of all together, whose burst lasts one answer
+            alone for thousands of tokens. A smaller window binds sooner, and raises whole batches for one long answer.
 
     Raises:
         ConfigError: objectives or a budget that no rung meets.
@@ -231,7 +239,7 @@ class Controller:
         self.spares_early = wait <= tuning.early_wait * self._patience(self.rung)
         if self._saving and self.bucket.balance >= self.bucket.burst // 2:
             self._saving = False
-        free = now - self._last >= tuning.dwell_s and now - self._last_but_one > 1.0
+        free = self._may_switch(now)
         grows = self.demand.arrivals_s * self.demand.work_s[self.rung] >= tuning.load_grows
         if not self._meets(self.rung, reading, tuning.wait_down if grows else tuning.wait_most, tuning.tpot_down):
             self._calm_since = None
@@ -272,7 +280,7 @@ class Controller:
         """The highest faster rung that meets the objectives and can work off the queue, else the fastest affordable."""
         best, tuning = self.rung, self.tuning
         for rung in range(self.rung - 1, -1, -1):
-            if rung < self.earned and (self._saving or self.bucket.balance < self._reserve[rung]):
+            if rung < self.earned and not self._affords(rung):
                 break
             if self.demand.work_s[rung] >= self.demand.work_s[best]:
                 continue
@@ -281,6 +289,14 @@ class Controller:
             if queue_falls and self._meets(rung, reading, tuning.wait_down, tuning.tpot_down):
                 break
         return best
+
+    def _affords(self, rung: int) -> bool:
+        """Whether there is money for a while at a rung that costs more than is earned."""
+        # A machine that is faster than the ladder says makes more tokens in that while.
+        return not self._saving and self.bucket.balance * self.demand.slowness >= self._reserve[rung]
+
+    def _may_switch(self, now_s: float) -> bool:
+        return now_s - self._last >= self.tuning.dwell_s and now_s - self._last_but_one > 1.0
 
     def _switch(self, rung: int) -> None:
         if rung == self.rung:
@@ -308,12 +324,17 @@ class Controller:
     def rung_for(self, floor: int, tokens: int) -> int:
         """The rung of a pass that makes `tokens` tokens and whose highest floor is `floor`."""
         rung = max(self.rung, floor)
-        if rung < self.earned and not self.bucket.passes(self.prices[rung], tokens, 1):
+        if rung >= self.earned:
+            return rung
+        if not self._saving and not self.bucket.passes(self.prices[rung], tokens, 1):
             self.events[PENNILESS] += 1
             self._saving = True
+        if not self._saving:
+            return rung
+        # This pass is made higher at once; what is wanted moves when it may.
+        if self._now is None or self._may_switch(self._now):
             self._switch(self.earned)
-            return max(self.rung, floor)
-        return rung
+        return max(self.earned, floor)
 
     def settle(self, phase: Phase, rung: int, accounts: Collection[Account], tokens: int, seconds: float) -> None:
         """Enters a finished pass at `rung` that took `seconds`.
@@ -322,23 +343,40 @@ class Controller:
             accounts: the requests that got a token: in a pass over prompts those whose prompt is read.
             tokens: of prompts, in such a pass; else as many as accounts.
         """
-        for account in accounts:
-            account.add(rung, self.prices[rung], 1)
+        if self._can_be(phase, rung, len(accounts), 1):
+            for account in accounts:
+                if account.add(rung, self.prices[rung], 1):
+                    self.events[OVERDRAWN] += 1
         self.count(phase, rung, len(accounts), tokens, seconds)
 
     def count(self, phase: Phase, rung: int, made: int, tokens: int, seconds: float, passes: int = 1) -> None:
         """`settle` without accounts, for `passes` equal passes that made `made` tokens each."""
-        if made:
-            self.tokens[rung] += made * passes
-            self.bucket.pay(self.prices[rung], made * passes)
-        try:
-            took = seconds + 0.0
-            if not 0.0 < took < math.inf:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
+        if not self._can_be(phase, rung, made, passes):
             self.events[NONSENSE] += 1
             return
-        if phase == "prefill":
-            self.demand.prompts_read(tokens, took)
+        if made:
+            self.tokens[rung] += made * passes
+            if self.bucket.pay(self.prices[rung], made * passes):
+                self.events[OVERDRAWN] += 1
+        if not _can_take(tokens, seconds):
+            self.events[NONSENSE] += 1
+        elif phase == "prefill":
+            self.demand.prompts_read(tokens, seconds + 0.0)
         else:
-            self.demand.decoded(rung, made, took, passes)
+            self.demand.decoded(rung, made, seconds + 0.0, passes)
+
+    def _can_be(self, phase: Phase, rung: int, made: int, passes: int) -> bool:
+        """Whether tokens can have been made so."""
+        try:
+            rungs = 0 <= index(rung) <= self.top
+            return phase in PHASES and rungs and 0 <= index(made) <= MOST and 1 <= index(passes) <= MOST
+        except TypeError:
+            return False
+
+
+def _can_take(tokens: int, seconds: float) -> bool:
+    """Whether a pass over `tokens` tokens of prompts can have taken `seconds`."""
+    try:
+        return 0 <= index(tokens) <= MOST and 0.0 < seconds + 0.0 < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lowprec.ladder import Ladder
 
 LARGEST_FACTOR = 8.0
+SMALLEST_FACTOR = 1e-3
 FEW = 8.0
 QUANTILE_STEP = 0.1
 UPDATES_PER_CONSTANT = 15
@@ -119,11 +120,8 @@ class Demand:
         self._compare(seconds, self.decode[rung][sequences if sequences < self.slots else self.slots], passes)
 
     def _compare(self, seconds: float, expected: float, passes: int) -> None:
-        if expected * LARGEST_FACTOR > seconds:
-            self._took += seconds * passes
-        else:
-            # One pass that hung says little about the next.
-            self._took += expected * LARGEST_FACTOR * passes
+        # One pass that hung says little about the next, and none takes next to no time.
+        self._took += min(max(seconds, expected * SMALLEST_FACTOR), expected * LARGEST_FACTOR) * passes
         self._expected += expected * passes
         self._passes += passes
 

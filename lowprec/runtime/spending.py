@@ -1,7 +1,7 @@
 """A loss budget that is spent like money: token buckets, and what each request has been given.
 
 A bucket earns `rate` for every token, pays the expected loss of the rung that the token is made at, and holds at most
-`burst`. It is never overdrawn, so that for any window of n consecutive tokens
+`burst`. Who asks before each pass and pays after it never overdraws it, so that for any window of n consecutive tokens
 
     sum of losses  <=  burst + n rate          (what it held before, at most burst, and what it earned)
 
@@ -43,13 +43,16 @@ class LossBudget:
     burst_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.nats_per_token) and 0.0 < self.nats_per_token <= MOST_NATS):
+        if not (is_number(self.nats_per_token) and 0.0 < self.nats_per_token <= MOST_NATS):
             raise ConfigError(
                 f"budget {self.nats_per_token!r} nats per token is outside (0, {MOST_NATS:g}]: give for example 0.05"
             )
-        if not _is_number(self.window_tokens) or self.window_tokens < 1:
-            raise ConfigError(f"a window of {self.window_tokens!r} tokens: give 1 or more, for example 10000")
-        if not (_is_number(self.burst_share) and 0.0 <= self.burst_share < 1.0):
+        # Whole, or money would no longer be.
+        if not (is_number(self.window_tokens) and isinstance(self.window_tokens, int) and self.window_tokens >= 1):
+            raise ConfigError(
+                f"a window of {self.window_tokens!r} tokens: give a whole number, 1 or more, for example 10000"
+            )
+        if not (is_number(self.burst_share) and 0.0 <= self.burst_share < 1.0):
             raise ConfigError(f"burst share {self.burst_share!r} is outside [0, 1): give for example 0.2")
 
     @property
@@ -84,11 +87,17 @@ class Bucket:
     def passes(self, price: int, tokens: int, most: int) -> int:
         """How many passes in a row can be paid, up to `most`: `tokens` tokens each, at `price` nanonats a token."""
         drain = (price - self.rate) * tokens
-        return most if drain <= 0 else min(most, self.balance // drain)
+        return most if drain <= 0 else max(0, min(most, self.balance // drain))
 
-    def pay(self, price: int, tokens: int) -> None:
-        """Earns for `tokens` tokens and pays for them. What cannot be paid overdraws: ask `passes` first."""
-        self.balance = min(self.burst, self.balance + (self.rate - price) * tokens)
+    def pay(self, price: int, tokens: int) -> bool:
+        """Earns for `tokens` tokens and pays for them. What cannot be paid overdraws: ask `passes` first.
+
+        Returns:
+            whether it did overdraw; until that is earned again no pass that costs more than it earns can be paid.
+        """
+        drain = (price - self.rate) * tokens
+        self.balance = min(self.burst, self.balance - drain)
+        return self.balance < 0 < drain
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,19 +115,20 @@ class Account:
     made: int = 0
     runs: list[list[int]] = field(default_factory=list)
 
-    def add(self, rung: int, price: int, tokens: int) -> None:
-        """Enters `tokens` tokens that were made at `rung`."""
+    def add(self, rung: int, price: int, tokens: int) -> bool:
+        """Enters `tokens` tokens that were made at `rung`; whether that overdraws."""
         self.made += tokens
-        self.bucket.pay(price, tokens)
         if self.runs and self.runs[-1][0] == rung:
             self.runs[-1][1] += tokens
         else:
             self.runs.append([rung, tokens])
+        return self.bucket.pay(price, tokens)
 
     def rungs(self) -> list[int]:
         """The rung of every token."""
         return [rung for rung, tokens in self.runs for _ in range(tokens)]
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is finite, and no truth value or text."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

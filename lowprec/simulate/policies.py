@@ -113,7 +113,7 @@ class Foresight(Controller):
             return
         self._next_look = reading.now_s + LOOKS_S
         wanted = self._highest(reading)
-        if wanted < self.earned and (self._saving or self.bucket.balance < self._reserve[wanted]):
+        if wanted < self.earned and not self._affords(wanted):
             self._saving = self.bucket.balance < self.bucket.burst // 2
             wanted = self.earned
         self._switch(wanted)

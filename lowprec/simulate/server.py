@@ -1,8 +1,9 @@
-"""A server with continuous batching, replayed event by event.
+"""A server with continuous batching, replayed event by event: what `lowprec.live` does.
 
-Requests queue in the order of arrival and get one of `slots`. A step reads up to `chunk` tokens of prompts in one pass
-(Sarathi-Serve's chunks) and then makes one token for every sequence that has its prompt behind it in another; the times
-of both are the ladder's. A prompt's last pass makes the request's first token.
+Requests queue in the order of arrival and get one of `slots`. A step reads up to `chunk` tokens of prompts, each
+prompt's piece in a pass of its own, and then makes one token for every sequence that has had its prompt read before, in
+one pass together; the times of all are the ladder's. A prompt's last pass makes the request's first token. A runtime
+that reads several prompts in one pass (Sarathi-Serve's chunks) takes less.
 
 As long as nothing changes, steps of decoding are taken together: up to the next completion, the next arrival that finds
 a free slot, the end of someone's early tokens, of the money, or of `period_s` where the policy may change its mind. All
@@ -16,6 +17,7 @@ noise of step times.
 import heapq
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,18 +134,16 @@ class _Replay:
                     break
                 now = arrival[head]
                 arrived = bisect_right(arrival, now, arrived)
-            room, admitted, read = chunk, 0, []
+            room, admitted, pieces = chunk, 0, []
             if left:
                 taken = min(left, room)
                 left, room = left - taken, room - taken
-                if not left:
-                    read.append(head - 1)
-            while room and head < arrived and self.active + len(read) < slots:
+                pieces.append((head - 1, taken))
+            while room and head < arrived and self.active + len(pieces) < slots:
                 self.start[head] = now
                 taken = min(prompt[head], room)
                 left, room = prompt[head] - taken, room - taken
-                if not left:
-                    read.append(head)
+                pieces.append((head, taken))
                 head += 1
                 admitted += 1
             if watches:
@@ -153,12 +153,7 @@ class _Replay:
                 policy.decide(Reading(now, chunk - room, self.active, queue, oldest, admitted))
                 if policy.rung != before:
                     self.wanted.append((now, policy.rung))
-            took = 0.0
-            if room < chunk:
-                took = self.prefill[chunk - room]
-                policy.count("prefill", policy.top, len(read), chunk - room, took)
-                if read:
-                    self._made(policy.top, len(read))
+            took = self._read(pieces, left, now) if pieces else 0.0
             if self.active:
                 limit_s = 0.0
                 if room == chunk:
@@ -171,9 +166,21 @@ class _Replay:
             busy += took
             if self.heap and self.heap[0][0] <= self.step:
                 self._finish(now)
-            for request in read:
-                self._begin(request, now)
+            # Only the last piece can be one that leaves something to read.
+            for request, _ in pieces[:-1] if left else pieces:
+                self._begin(request)
         return self._outcome(busy)
+
+    def _read(self, pieces: Sequence[tuple[int, int]], left: int, now: float) -> float:
+        """A pass over each (request, tokens of its prompt), `left` tokens short of the last one's end -> seconds."""
+        policy, took = self.policy, 0.0
+        for place, (request, tokens) in enumerate(pieces, start=1):
+            ends = not left or place < len(pieces)
+            took += self.prefill[tokens]
+            policy.count("prefill", policy.top, int(ends), tokens, self.prefill[tokens])
+            self.first[request] = now + took
+        self._made(policy.top, len(pieces) - (left > 0))
+        return took
 
     def _decode(self, limit_s: float, now: float) -> float:
         """Steps at one rung until something may change, within `limit_s` or just beyond -> seconds."""
@@ -208,17 +215,18 @@ class _Replay:
         return pace * steps
 
     def _made(self, rung: int, tokens: int) -> None:
+        if not tokens:
+            return
         if self.tokens and self.tokens[-1][0] == rung:
             self.tokens[-1][1] += tokens
         else:
             self.tokens.append([rung, tokens])
 
-    def _begin(self, request: int, now: float) -> None:
-        """Its prompt is read and its first token made."""
-        self.first[request] = now
+    def _begin(self, request: int) -> None:
+        """Its prompt is read and its first token made: from the next step on it is decoded."""
         self.first_step[request] = self.step
         if self.output[request] == 1:
-            self.finish[request] = now
+            self.finish[request] = self.first[request]
             return
         heapq.heappush(self.heap, (self.step + self.output[request] - 1, request))
         self.active += 1

@@ -17,7 +17,7 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +185,9 @@ def make_trace(
 def read_trace(path: Path, effort: str = "low") -> Trace:
     """The trace of a CSV file with a header.
 
-    Columns: arrival (seconds, or a date and time), prompt and output (tokens), effort if there is one; what others
-    call them is understood, too (`COLUMNS`). The first request arrives at 0. `effort` is that of all without a column.
+    Columns: arrival (seconds, or a date and time, in UTC where it names no zone), prompt and output (tokens), effort if
+    there is one; what others call them is understood, too (`COLUMNS`). The first request arrives at 0. `effort` is that
+    of all without a column.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -245,7 +246,9 @@ def _time(path: Path, line: int, text: str) -> float:
         value = float(text)
     except ValueError:
         try:
-            value = datetime.fromisoformat(text.strip()).timestamp()
+            date = datetime.fromisoformat(text.strip())
+            # This machine's zone may have hours that come twice or never.
+            value = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
         except ValueError:
             value = math.nan
     if not math.isfinite(value):

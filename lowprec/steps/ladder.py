@@ -11,6 +11,7 @@ A group whose lower level is not faster here has no reason to be there: it stays
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -95,16 +96,36 @@ def _swapped(mix: Allocation) -> Allocation:
 def steps_only(rungs: Sequence[Rung]) -> tuple[list[Rung], list[tuple[str, str]]]:
     """The rungs that are steps by what was measured, from the cheapest to the dearest, and (rung, why) of the others.
 
-    The top always stays.
+    Losses and times are noisy. Left out is what is no step to the top, which always stays; what another one beats, from
+    above or from below; and of the rest what is no step to the next one kept.
     """
-    kept, left = [rungs[-1]], []
-    for rung in reversed(rungs[:-1]):
-        reason = reason_for_no_step(rung, kept[-1])
-        if reason is None:
-            kept.append(rung)
-        else:
-            left.append((rung.name, reason))
+    top, left = rungs[-1], list[tuple[str, str]]()
+
+    def sift(found: Sequence[Rung], why: Callable[[Rung], str | None]) -> list[Rung]:
+        reasons = [(rung, why(rung)) for rung in found]
+        left.extend((rung.name, reason) for rung, reason in reasons if reason is not None)
+        return [rung for rung, reason in reasons if reason is None]
+
+    below = sift(rungs[-2::-1], lambda rung: reason_for_no_step(rung, top))
+    kept = [top]
+    for rung in sift(below, lambda rung: _beaten(rung, below)):
+        kept += sift([rung], partial(reason_for_no_step, upper=kept[-1]))
     return kept[::-1], left
+
+
+def _beaten(rung: Rung, others: Sequence[Rung]) -> str | None:
+    """Why one of `others`, the dearest first, makes `rung` useless, None if none does. Prompts are read at the top."""
+    place = others.index(rung)
+    for index, other in enumerate(others):
+        ratios = [other.pass_us("decode", t.tokens) / t.p50_us for t in rung.decode]
+        better = other.loss_nats < rung.loss_nats or min(ratios) < 1.0
+        # Of two that are equal the dearer one, which comes first, stays.
+        if other.loss_nats <= rung.loss_nats and max(ratios) <= 1.0 and (better or index < place):
+            return (
+                f"{other.name!r} decodes as fast or faster and loses {other.loss_nats:g} nats, no more than these "
+                f"{rung.loss_nats:g}"
+            )
+    return None
 
 
 def names(mixes: Sequence[Allocation], parameters: Mapping[str, int]) -> list[str]:
