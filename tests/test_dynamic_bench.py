@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.dynamic import __main__ as main
 from bench.dynamic import live, scenes
 from lowprec.errors import ConfigError
 from lowprec.ladder import Ladder, write_ladder
@@ -14,8 +16,9 @@ from lowprec.simulate.traces import BURSTS, Lengths
 from tests.ladders import ladder
 from tests.test_live import of_run
 
+# Prompts take a third of the time here, and every token waits for those that are read between it and the last.
 SCENE = scenes.Scene(
-    name="short", faster=1.0, slots=16, lengths=Lengths(prompt=64, output=32), seconds=100.0, ttft_s=1.0
+    name="short", faster=1.0, slots=16, lengths=Lengths(prompt=64, output=32), seconds=100.0, ttft_s=1.0, tpot_full=2.0
 )
 
 
@@ -45,6 +48,31 @@ def test_missed_bars_are_named() -> None:
     missed = scenes._missed((bad,), 1, 0.1)
     assert len(missed) == 6
     assert scenes._missed((shape,), 0, 0.1) == []
+    easy = dataclasses.replace(shape, static_violations=0, change=0.0)
+    assert scenes._missed((easy,), 0, 0.1) == ["no request was late at static INT8: nothing to win: burst-step"]
+
+
+def test_where_nothing_was_late_nothing_changed() -> None:
+    results = scenes._burst(SCENE, SCENE.setting(ladder(ratio=0.5)), "burst-step", 0)
+    ours = results.result("controller")
+    assert scenes.change_of([ours], 0) == 0.0
+    assert scenes.change_of([dataclasses.replace(ours, violations=3)], 4) == -0.25
+
+
+def test_other_objectives_leave_the_recorded_figures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ladder(ladder(ratio=0.5), tmp_path / "ladder.json")
+    monkeypatch.setattr(main, "OBJECTIVES", tmp_path / "objectives.json")
+    monkeypatch.setattr(main, "DYNAMIC", tmp_path / "none" / "dynamic.json")
+    monkeypatch.setattr(main, "SCENES", (SCENE,))
+    monkeypatch.setattr(main, "ProcessPoolExecutor", ThreadPoolExecutor)
+    given = ["bursts", "--ladder", str(tmp_path / "ladder.json"), "--seeds", "1", "--ttft", "4", "--ttft", "1"]
+    result = CliRunner().invoke(main.app, given)
+    record = json.loads((tmp_path / "objectives.json").read_text())
+    assert [scene["ttft_s"] for scene in record["scenes"]] == [4.0, 1.0]
+    assert result.exit_code == int(any(scene["missed"] for scene in record["scenes"]))
+    for scene in record["scenes"]:
+        for shape in scene["shapes"]:
+            assert shape["oracle_change"] == shape["oracle_violations"] / max(1, shape["static_violations"]) - 1
 
 
 def test_a_ladder_that_does_not_span_a_burst_is_refused() -> None:

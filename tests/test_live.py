@@ -568,6 +568,7 @@ def test_what_is_no_run_to_serve(tmp_path: Path) -> None:
     for changed, words in (
         ({"nats_per_token": -0.1}, "budget -0.1 nats per token is outside"),
         ({"nats_per_token": 0.001}, "but the top rung 'r2' loses up to 0.0055"),
+        ({"request_budget": LossBudget(nats_per_token=0.001)}, "budget of a request of 0.001 nats per token"),
         ({"ttft_s": float("nan")}, "time to first token of nan s"),
     ):
         with pytest.raises(ConfigError, match=words):

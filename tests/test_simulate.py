@@ -404,7 +404,7 @@ def test_slots_that_are_held_long_do_not_keep_it_low(seed: int) -> None:
     assert found.regain_s is not None
     assert found.return_s is not None
     assert found.regain_s <= found.return_s
-    assert found.regain_s - found.backlog_s <= 6.0, "two seconds of calm, and then half of the way at a time"
+    assert found.regain_s - found.backlog_s <= 6.0, "a second of calm, and then half of the way at a time"
 
 
 def test_what_a_burst_leaves_is_timed_by_hand() -> None:

@@ -1,15 +1,16 @@
 """Precision that moves at run time, measured: a ladder on this machine, and the controller on bursts.
 
     python -m bench.dynamic ladder MODEL RUN [--out bench/results/ladder_cpu.json]
-    python -m bench.dynamic bursts [--seeds 20] [--workers 2] [--out bench/results/dynamic.json]
+    python -m bench.dynamic bursts [--seeds 20] [--workers 2] [--ttft 5 ...] [--out bench/results/dynamic.json]
     python -m bench.dynamic live MODEL_OR_RUN [--out bench/results/dynamic_live.json]
     python -m bench.dynamic million
 
 `ladder` measures every rung's step times (`times.py`) and losses (`losses.py`); RUN is a finished `lowprec calibrate`
 of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm
-traffic. `live` sends requests to a server in this process, with the controller and without (`live.py`), along the
-ladder of a run or, of a model, of a run that is made first. The exit code of both is 1 where a bar of `scenes.py` is
-missed. `million` times a replay of a million requests.
+traffic; with `--ttft` the measured scene alone, with each of these objectives of the time to first token. `live` sends
+requests to a server in this process, with the controller and without (`live.py`), along the ladder of a run or, of a
+model, of a run that is made first. The exit code of both is 1 where a bar of `scenes.py` is missed. `million` times a
+replay of a million requests.
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from bench.dynamic.live import LiveResult
 
 RESULTS = Path(__file__).parent.parent / "results"
-LADDER, DYNAMIC, LIVE = (RESULTS / name for name in ("ladder_cpu.json", "dynamic.json", "dynamic_live.json"))
+LADDER, DYNAMIC, LIVE, OBJECTIVES = (
+    RESULTS / f"{name}.json" for name in ("ladder_cpu", "dynamic", "dynamic_live", "dynamic_objectives")
+)
 LOW = (12, 10, 8, 6, 4, 2, 0)
 BATCHES, PROMPTS, CONTEXT = (1, 2, 3, 4, 6, 8, 16), (16, 32, 64, 128, 256, 512), 128
 
@@ -91,12 +94,14 @@ def bursts(
     seeds: int = 20,
     workers: int = 2,
     ladder_path: Annotated[Path, typer.Option("--ladder")] = LADDER,
-    out: Annotated[Path, typer.Option()] = DYNAMIC,
+    ttft: Annotated[list[float] | None, typer.Option(help="Seconds to the first token; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
-    """Replays every scene and writes what came of it."""
+    """Replays every scene, or the first with each objective of the time to first token; writes what came of it."""
     measured = read_ladder(ladder_path)
+    scenes = tuple(dataclasses.replace(SCENES[0], ttft_s=seconds) for seconds in ttft) if ttft else SCENES
     with ProcessPoolExecutor(workers) as pool:
-        results = [run_scene(scene, measured, seeds, pool) for scene in SCENES]
+        results = [run_scene(scene, measured, seeds, pool) for scene in scenes]
     record = {
         "bars": dataclasses.asdict(BARS),
         "machine": platform.machine(),
@@ -104,6 +109,7 @@ def bursts(
         "seeds": seeds,
         "scenes": [dataclasses.asdict(r) for r in results],
     }
+    out = out or (OBJECTIVES if ttft else DYNAMIC)
     out.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for result in results:
         _print(result)
@@ -118,7 +124,7 @@ def _print(result: SceneResult) -> None:
         f"requests/s at the top, {ratio:.2f} times that at the bottom; objectives {result.ttft_s:.2f} s and "
         f"{1e3 * result.tpot_s:.0f} ms; budget {result.budget_nats:.3f} nats"
     )
-    names = ("shape", "late: static", "controller", "oracle", "change", "TTFT p95", "times better (least)")
+    names = ("shape", "late: static", "controller", "oracle", "change; oracle's", "TTFT p95", "times better (least)")
     table = Table(*names, "worst window", "switches/s", "back in (most)", "first; backlog; beyond it, most")
     for s in result.shapes:
         back = f"{s.median_return_s:.1f} s"
@@ -126,7 +132,7 @@ def _print(result: SceneResult) -> None:
         table.add_row(
             s.shape,
             *(str(n) for n in (s.static_violations, s.violations, s.oracle_violations)),
-            f"{100 * s.change:+.1f} %",
+            f"{100 * s.change:+.1f} %; {100 * s.oracle_change:+.1f} %",
             f"{s.static_ttft_p95_s:.2f} s -> {s.ttft_p95_s:.2f} s",
             f"{s.ttft_ratio:.1f} ({s.least_ttft_ratio:.1f})",
             f"{s.worst_window_nats:.4f}",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.dynamic.scenes import BARS, BASE, MOST_OF_BOTTOM, PEAK
+from bench.dynamic.scenes import BARS, BASE, MOST_OF_BOTTOM, PEAK, change_of, late_missed
 from lowprec.api import begin
 from lowprec.artifacts.nested import load_nested
 from lowprec.ladder import Ladder, Phase, read_ladder
@@ -271,7 +271,7 @@ def measure(run: Path, scene: LiveScene) -> LiveResult:
             )
         fixed, ours = (found[name] for name in makers)
         results.append((fixed, ours))
-    change = sum(ours.violations for _, ours in results) / max(1, sum(fixed.violations for fixed, _ in results)) - 1
+    change = change_of([ours for _, ours in results], sum(fixed.violations for fixed, _ in results))
     ratio = float(np.median([fixed.ttft_s.p95 / ours.ttft_s.p95 for fixed, ours in results]))
     return LiveResult(
         scene=scene,
@@ -310,10 +310,8 @@ def _missed(
             f"the bottom serves {span:.2f} times what the top does, and the bursts of the bars need "
             f"{PEAK / MOST_OF_BOTTOM:.2f}"
         )
-    if not any(fixed.violations for fixed, _ in results):
-        found.append("no request was late at static INT8: nothing to win")
-    elif change > BARS.violations_change:
-        found.append(f"violations -90 %: {100 * change:+.1f} %")
+    if late := late_missed(sum(fixed.violations for fixed, _ in results), change):
+        found.append(late)
     if ratio < BARS.ttft_ratio:
         found.append(f"95th percentile of the time to first token 2.5 times better: {ratio:.2f}")
     worst = max(ours.worst_window_nats for _, ours in results)

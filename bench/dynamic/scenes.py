@@ -18,7 +18,7 @@ from lowprec.records import Origin
 from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.spending import LossBudget
 from lowprec.simulate.compare import Comparison, compare, static_name
-from lowprec.simulate.measure import capacity
+from lowprec.simulate.measure import PolicyResult, capacity
 from lowprec.simulate.server import Server, replay
 from lowprec.simulate.traces import BURSTS, Lengths, make_trace
 
@@ -55,8 +55,8 @@ class Setting:
 class Scene:
     """`faster` divides the ladder's times; what is not 1 is modelled. `seconds` and objectives are in its own time.
 
-    `ttft_idle` is the objective of the time to first token in idle servers' times, `tpot_full` that per token in full
-    steps, `budget_share` where between the losses of top (0) and bottom (1) the budget lies.
+    `ttft_s` is the objective of the time to first token, `tpot_full` that per token in full steps, `budget_share` where
+    between the losses of top (0) and bottom (1) the budget lies.
     """
 
     name: str
@@ -111,6 +111,7 @@ class ShapeResult:
     violations: int
     oracle_violations: int
     change: float
+    oracle_change: float
     static_ttft_p95_s: float
     ttft_p95_s: float
     ttft_ratio: float
@@ -245,7 +246,8 @@ def _shape(setting: Setting, shape: str, found: Sequence[Comparison]) -> ShapeRe
         static_violations=before,
         violations=sum(r.violations for r in ours),
         oracle_violations=sum(r.violations for r in oracle),
-        change=sum(r.violations for r in ours) / max(1, before) - 1,
+        change=change_of(ours, before),
+        oracle_change=change_of(oracle, before),
         static_ttft_p95_s=float(np.median([r.ttft_s.p95 for r in fixed])),
         ttft_p95_s=float(np.median([r.ttft_s.p95 for r in ours])),
         ttft_ratio=float(np.median(ratios)),
@@ -265,6 +267,18 @@ def _shape(setting: Setting, shape: str, found: Sequence[Comparison]) -> ShapeRe
     )
 
 
+def change_of(results: Sequence[PolicyResult], before: int) -> float:
+    """Relative change of violations from `before`; 0 where there were none to lower."""
+    return sum(r.violations for r in results) / before - 1 if before else 0.0
+
+
+def late_missed(before: int, change: float) -> str | None:
+    """How the bar of violations is missed, None if it is met. Where nothing was late nothing can be won."""
+    if not before:
+        return "no request was late at static INT8: nothing to win"
+    return None if change <= BARS.violations_change else f"violations -90 %: {100 * change:+.1f} %"
+
+
 def _longest(seconds: Sequence[float | None]) -> float | None:
     """None where one of them never came."""
     known = [s for s in seconds if s is not None]
@@ -273,7 +287,6 @@ def _longest(seconds: Sequence[float | None]) -> float | None:
 
 def _missed(shapes: tuple[ShapeResult, ...], calm_switches: int, budget: float) -> list[str]:
     checks: list[tuple[str, Callable[[ShapeResult], bool]]] = [
-        ("violations -90 %", lambda s: s.change <= BARS.violations_change),
         ("95th percentile of the time to first token 2.5 times better", lambda s: s.ttft_ratio >= BARS.ttft_ratio),
         ("loss within the budget in every window", lambda s: s.worst_window_nats <= budget),
         ("two switches a second", lambda s: s.most_switches_in_a_second <= BARS.most_switches_in_a_second),
@@ -282,7 +295,9 @@ def _missed(shapes: tuple[ShapeResult, ...], calm_switches: int, budget: float) 
             lambda s: s.longest_return_s is not None and s.longest_return_s <= BARS.longest_return_s,
         ),
     ]
-    missed = [f"{words}: {s.shape}" for words, holds in checks for s in shapes if not holds(s)]
+    late = [(s.shape, late_missed(s.static_violations, s.change)) for s in shapes]
+    missed = [f"{words}: {shape}" for shape, words in late if words]
+    missed += [f"{words}: {s.shape}" for words, holds in checks for s in shapes if not holds(s)]
     if calm_switches > BARS.calm_switches:
         missed.append(f"no switch at low load: {calm_switches}")
     return missed

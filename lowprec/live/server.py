@@ -378,6 +378,7 @@ def serve(
     nats_per_token: float,
     percentile: float = 0.95,
     burst_share: float = 0.2,
+    request_budget: LossBudget | None = None,
     slots: int = 8,
     chunk: int = 512,
     dtype: torch.dtype = torch.bfloat16,
@@ -388,6 +389,7 @@ def serve(
         run: the run's folder: nested/ and ladder.json are read.
         ttft_s, tpot_s, percentile: objectives (`lowprec.Objectives`).
         nats_per_token, burst_share: the loss budget (`lowprec.LossBudget`).
+        request_budget: of each request by itself (`lowprec.Controller`).
         slots, chunk: see `LiveServer`.
 
     Raises:
@@ -401,6 +403,8 @@ def serve(
     objectives = Objectives(ttft_s=ttft_s, tpot_s=tpot_s, percentile=percentile)
     budget = LossBudget(nats_per_token=nats_per_token, burst_share=burst_share)
     # What cannot be is refused before anything is loaded.
-    controller = Controller(ladder, objectives, budget, slots=slots, longest_prompt=chunk)
+    controller = Controller(
+        ladder, objectives, budget, slots=slots, longest_prompt=chunk, request_budget=request_budget
+    )
     model, tokenizer, switch = load_nested(run / NESTED, dtype, ladder=ladder)
     return LiveServer(model, tokenizer, switch, controller, slots=slots, chunk=chunk)

@@ -11,8 +11,8 @@ paid for and its time is compared with the ladder's (`settle`).
                    Robbins and Monro 1951): it rises fast and falls slowly.
     down           as soon as the wait or the time per token of the present rung comes near its objective (later, where
                    a queue will work itself off), to the highest rung that meets both and can work off the queue.
-    up             half of the way at a time, to the highest rung that has room, when nobody waits, all of it for two
-                   seconds: that would make the tokens that are really made at 85 % of its capacity, or serve those who
+    up             half of the way at a time, to the highest rung that has room, when nobody waits, all of it for a
+                   second: that would make the tokens that are really made at 95 % of its capacity, or serve those who
                    come now so. A low rung makes the last tokens of a burst faster than the top need ever do, and to
                    wait until the slots are free again would keep it low for as long as a request lasts.
     between        half a second from switch to switch, never three within a second; and a rung that costs more than
@@ -96,7 +96,7 @@ class Tuning:
     """
 
     dwell_s: float = 0.5
-    hold_s: float = 2.0
+    hold_s: float = 1.0
     wait_down: float = 0.4
     wait_most: float = 0.7
     wait_up: float = 0.1
@@ -104,7 +104,7 @@ class Tuning:
     tpot_up: float = 0.85
     load_grows: float = 1.0
     load_down: float = 0.95
-    load_up: float = 0.85
+    load_up: float = 0.95
     ahead_s: float = 1.0
     reserve_s: float = 2.0
     early_tokens: int = 4
