@@ -83,9 +83,9 @@ class ParityResult:
 
     KLs are from the scored model to: the artefact as loaded in torch (`kl_nats`), itself computed in bfloat16
     (`noise_kl_nats`), the artefact in the target's runtime, and in plain transformers (None where that cannot load it).
-    Of tokens that a runtime of its own generates: `token_match` is the share that the scored model would have given;
-    `decode_kl_nats` and `scored_kl_nats` are KLs from the unquantised model to what the runtime, token by token, and
-    the scored model expect there. The verdict is on whole texts, which runtimes may compute otherwise than tokens.
+    Of tokens that are generated in a runtime that is here: `token_match` is the share that the scored model would have
+    given; `decode_kl_nats` and `scored_kl_nats` are KLs from the unquantised model to what the runtime, token by token,
+    and the scored model expect there. The verdict is on whole texts, which runtimes may compute otherwise than tokens.
     """
 
     codes_equal: bool

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lowprec_kernels import cpu_nested, native, reference
 from lowprec_kernels.cpu_nested import FEW_ROWS, NestedOperands
 from lowprec_kernels.packing import pack_int4
+from lowprec_kernels.timing import Timing
 
 RATIOS = (4, 6, 8, 12)
 # Of 16-bit x whose columns within a group are of unlike size; bfloat16 results are rounded once more.
@@ -128,9 +130,18 @@ def test_many_rows_in_bfloat16_are_multiplied_in_either_dtype(
     assert error(y, truth(weight, x.float(), level)) <= 5e-3
 
 
-def test_what_many_rows_are_multiplied_in_is_measured_for_bfloat16_alone() -> None:
-    assert cpu_nested.product_dtype(torch.float32) == torch.float32
-    assert cpu_nested.product_dtype(torch.bfloat16) in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
+def test_what_many_rows_are_multiplied_in_is_measured_for_bfloat16_alone(
+    fastest: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(runs: dict[str, Any], **_: Any) -> dict[str, Timing]:
+        times = {name: 1.0 if name == str(fastest) else 2.0 for name in runs}
+        return {name: Timing(p20_us=t, p50_us=t, p80_us=t, runs=1) for name, t in times.items()}
+
+    monkeypatch.setattr(cpu_nested, "time_interleaved", told)
+    measured = cpu_nested.product_dtype.__wrapped__
+    assert measured(torch.bfloat16) == fastest
+    assert measured(torch.float32) == torch.float32
 
 
 def test_level_4_never_reads_the_second_plane() -> None:

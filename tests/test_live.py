@@ -363,6 +363,25 @@ def test_ctrl_c_reaches_its_thread_and_leaves_a_server_that_serves(llama: tuple[
         assert live.generate(prompt(5), 4, "high", stop=()).tokens == expected
 
 
+def test_who_is_given_up_is_neither_waited_for_nor_decoded(llama: tuple[Any, Switch]) -> None:
+    policy = watched()
+    live = server(llama, policy)
+    taken = [live.submit(prompt(5, n), 12, "high", stop=()) for n in range(SLOTS)]
+    left, stays = (live.submit(prompt(5, n), 2, "high", stop=()) for n in (7, 8))
+    live.step()
+    assert policy.readings[-1].queue_length == 2
+    for request in (left, taken[1]):
+        request.fail(KeyboardInterrupt(), live.clock())
+    made = len(taken[1].tokens)
+    live.step()
+    assert live.waiting == policy.readings[-1].queue_length == 0, "a slot is free for who still waits"
+    while live.step():
+        pass
+    assert len(taken[1].tokens) == made
+    assert len(live.answer(stays).tokens) == 2
+    assert all(len(live.answer(request).tokens) == 12 for request in (taken[0], *taken[2:]))
+
+
 def test_a_policy_that_fails_loses_no_request(llama: tuple[Any, Switch]) -> None:
     class Broken(Watched):
         def decide(self, reading: Reading) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import lowprec
 import tiny
+from lowprec.errors import ConfigError
 from lowprec.formats import QuantizedWeight, resolve, scheme_named
 from lowprec.records import CostSample, Scheme, Workload
 from lowprec.results import Report
 from lowprec.runtime import KernelTable, QuantLinear
-from lowprec.runtime.dispatch import BUCKET_M, FEW, UNROUNDED, automatic
+from lowprec.runtime.dispatch import BUCKET_M, FEW, UNROUNDED, automatic, kernel_named
 from lowprec.steps.load import wrap
 from lowprec.targets.torch import TorchTarget
 
@@ -56,6 +57,15 @@ def test_few_rows_may_also_be_computed_unrounded(name: str) -> None:
     assert few[len(own) :]
     assert all(form.endswith(UNROUNDED) for form in few[len(own) :])
     assert "reference" not in "".join(few)
+
+
+def test_forms_for_few_rows_are_not_asked_for_by_name_and_are_one_object_each() -> None:
+    scheme = scheme_named("w8a8-int8")
+    names = [form for form in _names(scheme, 48, 128, 1) if form.endswith(UNROUNDED)]
+    with pytest.raises(ConfigError, match="computes few rows alone"):
+        kernel_named(names[0], scheme, 48, 128)
+    layer = _in_phases(scheme)
+    assert layer.kernels[0] is layer.kernels[1]
 
 
 @pytest.mark.parametrize("name", ["bf16", "w8a16", "w4a16"])
@@ -157,3 +167,25 @@ def test_few_rows_are_held_against_the_scored_model_without_the_rounding(tmp_pat
     # Against the model with rounded inputs it is most of the noise.
     assert report.parity.runtime_kl_nats <= 0.5 * report.parity.noise_kl_nats
     assert report.parity.holds
+
+
+@pytest.mark.slow
+def test_what_a_modelled_device_plans_for_needs_no_kv_cache(tmp_path: Path) -> None:
+    module = tiny.decoder()
+    plain = wrap(Uncached(module), lambda m, b: m(b.ids), tokenizer=tiny.tokenizer(), kind="decoder")
+    report = _run(plain, tmp_path / "out", tiny.text(tmp_path / "text.jsonl"), device="h100", objective="bytes")
+    assert report.parity.holds
+    assert report.parity.decode_kl_nats is None
+
+
+class Uncached(nn.Module):
+    """A decoder that is called in its own way and keeps no cache."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, V]."""
+        logits: Tensor = self.inner(ids).logits
+        return logits

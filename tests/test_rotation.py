@@ -163,12 +163,26 @@ def test_a_rotation_is_found_where_it_cancels_alone() -> None:
         assert float((after - before).abs().max() / before.abs().max()) > 1e3 * EXACT
 
 
-def test_what_may_be_turned_is_looked_for_without_a_change() -> None:
-    model = tiny.decoder()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_may_be_turned_is_looked_for_without_a_change(dtype: torch.dtype) -> None:
+    """In float64 materialising copies nothing."""
+    model = tiny.decoder().to(dtype)
     before = copy.deepcopy(model.state_dict())
     turning_of(Stream(model, decoder_forward, batch()), batch())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.tie_word_embeddings
+
+
+def test_weights_that_are_no_parameters_are_refused() -> None:
+    model = tiny.decoder()
+    layer = model.get_submodule("model.layers.1.self_attn.o_proj")
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    with pytest.raises(UnsupportedError, match=REFUSED) as caught:
+        found(model)
+    assert "model.layers.1.self_attn.o_proj is no parameter" in caught.value.reasons[0]
+    assert layer._parameters.get("weight") is None
 
 
 @pytest.mark.parametrize("name", REASONS)

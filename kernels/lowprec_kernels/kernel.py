@@ -96,7 +96,8 @@ class Kernel:
         check: (n, k, group_size) -> None, or why it cannot run.
         layout: operands -> the tensors it computes from.
         compute: (state, x [M, K] contiguous, M > 0) -> [M, N] float; bias included.
-        by_rows: whether it needs weights that are INT8 by rows as well (`Operands.multiples`).
+        by_rows: whether it needs weights that are INT8 by rows as well (`Operands.multiples`); `supports`, which is
+            told of shapes alone, cannot say.
     """
 
     name: str

@@ -277,6 +277,7 @@ class LiveServer:
                 raise
 
     def _step(self) -> bool:
+        self._forget_ended()
         if not (self._waiting or self.running):
             return False
         now = self.clock()
@@ -295,6 +296,14 @@ class LiveServer:
             self._sort()
         return True
 
+    def _forget_ended(self) -> None:
+        """Those that were given up since the last step, by Ctrl-C: no pass is for them, and nobody waits."""
+        self._sort()
+        if any(request.done for request in self._waiting.copy()):
+            kept = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            # Who is entered meanwhile comes behind them.
+            self._waiting.extendleft(request for request in reversed(kept) if not request.done)
+
     def _schedule(self, now: float) -> tuple[list[tuple[Request, int]], int]:
         """(request, tokens of its prompt) of this step, in order of arrival, and how many were admitted."""
         room, pieces, admitted = self.chunk, list[tuple[Request, int]](), 0
@@ -303,8 +312,6 @@ class LiveServer:
                 if not self._waiting or self.running >= self.slots:
                     break
                 request = self._waiting.popleft()
-                if request.done:
-                    continue
                 request.start_s = now
                 self._reading.append(request)
                 admitted += 1

@@ -60,11 +60,12 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
         with optimised(chosen, loaded.artefact, loaded.served) as module:
             found = [_ran(context, module, batch) for batch in few]
             texts = _generate(chosen, module)
+        as_run = list(expected)
         for index, (_, unrounded) in enumerate(found):
             if unrounded:
                 exact = {**overlay, **{layer: replace(overlay[layer], activation=None) for layer in unrounded}}
-                (expected[index],) = outputs_of(run_through(stream, [few[index]], exact), [few[index]])
-        runtime = kl_between(context, few, expected, (output for output, _ in found))
+                (as_run[index],) = outputs_of(run_through(stream, [few[index]], exact), [few[index]])
+        runtime = kl_between(context, few, as_run, (output for output, _ in found))
         return ParityResult(
             codes_equal=equal,
             max_layer_error=_worst_layer(chosen, back),
@@ -160,7 +161,8 @@ class _Text:
 def _generate(chosen: Chosen, module: nn.Module) -> list[_Text]:
     """Greedily, with the runtime's cache, from prompts out of tuning text, as many at once as the workload decodes."""
     context = chosen.prepared.context
-    if context.model.kind != "decoder":
+    # Where it is timed it has a KV cache; what a modelled device plans for need not have one.
+    if context.model.kind != "decoder" or context.target.origin != "measured":
         return []
     prompts = [ids[:PROMPT_TOKENS] for ids in chosen.prepared.splits.tuning.ids if len(ids) >= PROMPT_TOKENS][:PROMPTS]
     forward, found = Cached(module), []

@@ -38,6 +38,8 @@ from lowprec.steps.metrics import in_search_unit, shown
 from lowprec.targets.torch import measure_end_to_end
 from lowprec.version import __version__
 
+Kernels = Mapping[tuple[str, int, int, int], str]
+"""(scheme, N, K, M) -> the kernel that was the fastest."""
 FRONTIER_BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1)
 NOT_ON_TUNING = "no mix was within the budget on tuning text, and this one came closest"
 UNITS = {"time": "us", "bytes": "bytes", "dollars": "dollars per million output tokens"}
@@ -74,7 +76,7 @@ def summarise(
         parity=proved.parity,
         sensitivity=agreement(pairs, final.predicted_kl_nats, final.measured.kl_nats),
         schemes=shares(chosen),
-        groups=tuple(accounts.choice(*choice) for choice in plan.groups),
+        groups=accounts.choices(),
         unquantised=prepared.unquantised,
         struck_out=prepared.struck_out,
         frontier=accounts.frontier(),
@@ -222,11 +224,15 @@ class Accounts:
         """The (group, scheme) of a mix without those of the KV cache."""
         return [choice for choice in mix.schemes if choice[0] in self._groups]
 
-    def choice(self, name: str, scheme: str) -> GroupChoice:
-        """One group's row of the report."""
+    def choices(self) -> tuple[GroupChoice, ...]:
+        """The groups' rows of the report."""
+        kernels = {(s.scheme, s.n, s.k, s.m): s.kernel for s in self.chosen.priced.samples}
+        return tuple(self._choice(*choice, kernels) for choice in self.chosen.plan.groups)
+
+    def _choice(self, name: str, scheme: str, kernels: Kernels) -> GroupChoice:
         cached = {group.name: group for group in self.chosen.prepared.caches.groups}
         group = self._groups.get(name) or cached[name]
-        prefill, decode = self._kernels(name, scheme)
+        prefill, decode = self._kernels(name, scheme, kernels)
         return GroupChoice(
             group=name,
             block=group.block,
@@ -239,15 +245,17 @@ class Accounts:
             decode_kernel=decode,
         )
 
-    def _kernels(self, name: str, scheme: str) -> tuple[str, str]:
-        """What computes a group in prefill and in decode, by the times that it was priced with."""
+    def _kernels(self, name: str, scheme: str, kernels: Kernels) -> tuple[str, str]:
+        """What computes a group's products in prefill and in decode, by the times that it was priced with."""
         group = self._groups.get(name)
         if group is None or group.is_embedding:
             return "", ""
-        prepared = self.chosen.prepared
-        context, found = prepared.context, {(s.scheme, s.n, s.k, s.m): s.kernel for s in self.chosen.priced.samples}
-        width = context.target.products(scheme_named(scheme), prepared.widths[name])[0]
-        prefill, decode = (found[scheme, width, group.k, m] for m in rows_of(group, context.settings.workload))
+        prepared, context = self.chosen.prepared, self.chosen.prepared.context
+        widths = context.target.products(scheme_named(scheme), prepared.widths[name])
+        prefill, decode = (
+            " and ".join(dict.fromkeys(kernels[scheme, width, group.k, m] for width in widths))
+            for m in rows_of(group, context.settings.workload)
+        )
         return prefill, decode
 
 

@@ -74,7 +74,7 @@ class Objectives:
 
 
 def _shown(value: object) -> str:
-    return f"{value:g}" if is_number(value) else repr(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,13 @@ reference is never chosen automatically. An explicit choice never falls back.
 
 The two phases of a decoder differ in what they wait for. Many rows (prefill) are worth rounding: INT8 inputs meet the
 weights in the processor's integer instructions. Few rows (decode) wait for the weights, whichever the inputs are, so
-there the forms that leave inputs alone take part as well, where a scheme rounds them: same codes, same scales, no byte
-more. They are named with `UNROUNDED`, and lose no more than the scheme, which is scored as prefill computes it.
+there the forms that take inputs in 16 bits take part as well, where a scheme rounds them to 8: same codes, same scales,
+no stored byte more. They are named with `UNROUNDED`; what they lose beside the scheme, which is scored as prefill
+computes it, parity tells.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterable
@@ -141,7 +143,13 @@ def _unrounded(scheme: Scheme, n: int, k: int, device: str) -> list[Kernel]:
     if scheme.activation is None:
         return []
     forms, _ = usable(dataclasses.replace(scheme, activation=None), n, k, device)
-    return [dataclasses.replace(f, name=f"{name}{UNROUNDED}") for name, f in forms.items() if name != REFERENCE]
+    return [_for_few_rows(form) for name, form in forms.items() if name != REFERENCE]
+
+
+@functools.cache
+def _for_few_rows(form: Kernel) -> Kernel:
+    """The same under the name that it has where a scheme rounds inputs; one object, so that it lays out once."""
+    return dataclasses.replace(form, name=f"{form.name}{UNROUNDED}")
 
 
 def kernel_named(name: str, scheme: Scheme, n: int, k: int, device: str = "cpu") -> Kernel:
@@ -152,6 +160,8 @@ def kernel_named(name: str, scheme: Scheme, n: int, k: int, device: str = "cpu")
         UnsupportedError: it cannot run this shape here.
     """
     forms = forms_of(scheme, device)
+    if name.endswith(UNROUNDED):
+        raise ConfigError(f"kernel {name!r} computes few rows alone, and is chosen by itself: give one for any number")
     if name not in forms:
         raise ConfigError(f"unknown kernel {name!r} for scheme {scheme.name}: {closest(name, list(forms))}")
     reason = forms[name].supports(1, n, k, group_size_of(scheme))

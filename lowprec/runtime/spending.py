@@ -17,8 +17,11 @@ counted: it was not measured.
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Real
+from typing import Any
 
 from lowprec.errors import ConfigError
 
@@ -131,4 +134,7 @@ class Account:
 
 def is_number(value: object) -> bool:
     """Whether it is finite, and no truth value or text."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    largest: Any = sys.float_info.max
+    return bool(abs(value) <= largest)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ def hidden_basis(stream: Stream, example: Any) -> HiddenBasis:
     if apart := [n for n, readers in norms.items() if {stream.block_of(r) for r in readers} != {stream.block_of(n)}]:
         raise UnsupportedError(REFUSED, (f"{apart[0]} is read in another block than its own",))
     reading = {name for readers in norms.values() for name in readers}
+    if strange := _unowned(stream, (*embeddings, *norms, *stream.layers)):
+        raise UnsupportedError(REFUSED, (f"the weight of {strange} is no parameter of it",))
     inside = (name for name in stream.layers if stream.block_of(name) is not None)
     writers = tuple(n for n in inside if n not in reading and output_width(stream.layers[n]) == width)
     basis = HiddenBasis(width=width, embeddings=embeddings, norms=tuple(norms.items()), writers=writers)
@@ -98,6 +100,16 @@ def hidden_basis(stream: Stream, example: Any) -> HiddenBasis:
     if not change <= EXACT:
         raise UnsupportedError(REFUSED, (f"turned in float64, its outputs change by {change:.1e} of the largest",))
     return basis
+
+
+def _unowned(stream: Stream, names: Iterable[str]) -> str | None:
+    """The first of these modules whose weight or bias is a buffer or computed, and cannot be replaced by another."""
+    for name in names:
+        module = stream.module.get_submodule(name)
+        tensors = [n for n in ("weight", "bias") if isinstance(getattr(module, n, None), Tensor)]
+        if not all(n in module._parameters for n in tensors):
+            return name
+    return None
 
 
 def _norms(stream: Stream, example: Any, width: int) -> dict[str, tuple[str, ...]]:
@@ -163,10 +175,11 @@ def exact_norms_(module: nn.Module, basis: HiddenBasis) -> list[tuple[nn.Module,
         if not torch.allclose(norm(x).double(), exact(x), rtol=1e-4, atol=1e-5):
             raise UnsupportedError(REFUSED, (f"{name} is no norm of the root of the mean square",))
         parent, _, child = name.rpartition(".")
-        replaced.append((module.get_submodule(parent), child, norm))
-    for parent_module, child, norm in replaced:
-        setattr(parent_module, child, _Norm64(norm))
-    return replaced
+        replaced.append((module.get_submodule(parent), child, norm, exact))
+    # All or none: a norm that is refused leaves the model as it was.
+    for owner, child, _, exact in replaced:
+        setattr(owner, child, exact)
+    return [(owner, child, norm) for owner, child, norm, _ in replaced]
 
 
 def _change(stream: Stream, example: Any, turning: Turning) -> float:
