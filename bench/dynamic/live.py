@@ -25,7 +25,8 @@ from lowprec.api import begin
 from lowprec.artifacts.nested import load_nested
 from lowprec.ladder import Ladder, Phase, read_ladder
 from lowprec.live import LiveServer, Request
-from lowprec.live.server import LADDER, NESTED, Policy
+from lowprec.live.from_run import LADDER, NESTED
+from lowprec.live.server import Policy
 from lowprec.pipeline.choose import choose
 from lowprec.pipeline.ladder import ladder
 from lowprec.pipeline.prepare import prepare

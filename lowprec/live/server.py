@@ -27,26 +27,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowprec.artifacts.loading import cache_argument
-from lowprec.artifacts.nested import load_nested
-from lowprec.errors import ArtifactError, ConfigError
-from lowprec.ladder import Phase, read_ladder
+from lowprec.errors import ConfigError
+from lowprec.ladder import Phase
 from lowprec.live.requests import Batch, Pick, Request
 from lowprec.live.slots import Slots
 from lowprec.records import RoundedPart
-from lowprec.runtime.controller import Controller, Objectives
 from lowprec.runtime.demand import Reading
 from lowprec.runtime.request_cache import request_cache
-from lowprec.runtime.spending import NANONATS, Account, LossBudget
+from lowprec.runtime.spending import NANONATS, Account
 from lowprec.runtime.switch import Switch
 
-LADDER, NESTED = "ladder.json", "nested"
 LOOK_S = 0.01
 """Who waits for the turn looks this often whether its request was done meanwhile."""
 
@@ -375,43 +371,3 @@ def _whole(value: Any, what: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ConfigError(f"{value!r} is no whole number: give one for {what}") from None
-
-
-def serve(
-    run: Path | str,
-    *,
-    ttft_s: float,
-    tpot_s: float,
-    nats_per_token: float,
-    percentile: float = 0.95,
-    burst_share: float = 0.2,
-    request_budget: LossBudget | None = None,
-    slots: int = 8,
-    chunk: int = 512,
-    dtype: torch.dtype = torch.bfloat16,
-) -> LiveServer:
-    """Loads what `lowprec calibrate --ladder` made and serves it along its ladder.
-
-    Args:
-        run: the run's folder: nested/ and ladder.json are read.
-        ttft_s, tpot_s, percentile: objectives (`lowprec.Objectives`).
-        nats_per_token, burst_share: the loss budget (`lowprec.LossBudget`).
-        request_budget: of each request by itself (`lowprec.Controller`).
-        slots, chunk: see `LiveServer`.
-
-    Raises:
-        ArtifactError: a run without a ladder, or damaged files.
-        ConfigError: a ladder of other weights; objectives or a budget that no rung meets.
-    """
-    run = Path(run)
-    if not (run / LADDER).exists():
-        raise ArtifactError(run, f"has no {LADDER}: make it by lowprec calibrate --ladder")
-    ladder = read_ladder(run / LADDER)
-    objectives = Objectives(ttft_s=ttft_s, tpot_s=tpot_s, percentile=percentile)
-    budget = LossBudget(nats_per_token=nats_per_token, burst_share=burst_share)
-    # What cannot be is refused before anything is loaded.
-    controller = Controller(
-        ladder, objectives, budget, slots=slots, longest_prompt=chunk, request_budget=request_budget
-    )
-    model, tokenizer, switch = load_nested(run / NESTED, dtype, ladder=ladder)
-    return LiveServer(model, tokenizer, switch, controller, slots=slots, chunk=chunk)
