@@ -27,7 +27,6 @@ loses by its measured time), and fp16.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind, quantize_activation
-from lowprec_kernels.packing import unpack_int4, unpack_nibbles
+from lowprec_kernels.packing import row_blocks, unpack_int4, unpack_nibbles
 
 # Most weights that one block of a dequantising form upcasts: 4 MiB in float32, so that the block stays in cache.
 BLOCK_WEIGHTS = 1 << 20
@@ -77,9 +76,7 @@ def _linear_fp32(state: State, x: Tensor) -> Tensor:
 
 def _blocks(operands: Operands) -> list[slice]:
     """Rows, as many at a time as a block has."""
-    blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
-    rows = math.ceil(operands.n / blocks)
-    return [slice(start, start + rows) for start in range(0, operands.n, rows)]
+    return row_blocks(operands.n, operands.k, BLOCK_WEIGHTS)
 
 
 def _block(operands: Operands, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,6 @@ A row of x that holds NaN or infinity gives NaN in the native form. Left out: qu
 import ctypes
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec_kernels.native import NativeError, library
-from lowprec_kernels.packing import CHUNK, PLANE, unpack_int4, words_for
+from lowprec_kernels.packing import CHUNK, PLANE, row_blocks, unpack_int4, words_for
 from lowprec_kernels.reference import NESTED_LEVELS
 from lowprec_kernels.timing import time_interleaved
 
@@ -201,12 +200,8 @@ def dequantizing(operands: NestedOperands, x: Tensor, level: int) -> Tensor:
     """The form that upcasts blocks of rows of the weight."""
     dtype = product_dtype(x.dtype)
     values = x.to(dtype)
-    blocks = math.ceil(operands.n * operands.k / BLOCK_WEIGHTS)
-    rows = math.ceil(operands.n / blocks)
-    parts = [
-        F.linear(values, dense(operands, level, slice(start, start + rows)).to(dtype))
-        for start in range(0, operands.n, rows)
-    ]
+    blocks = row_blocks(operands.n, operands.k, BLOCK_WEIGHTS)
+    parts = [F.linear(values, dense(operands, level, rows).to(dtype)) for rows in blocks]
     y = torch.cat(parts, dim=1).to(torch.float32)
     return (y if operands.bias is None else y.add_(operands.bias)).to(x.dtype)
 

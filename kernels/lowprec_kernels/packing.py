@@ -14,6 +14,8 @@ plane of a chunk. `pack_int4` and `unpack_int4` are exact inverses. Files have a
 packs eight consecutive columns to a word): weights are laid out anew when they are loaded.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,9 @@ def unpack_int4(words: Tensor, k: int) -> Tensor:
     if words.dtype != torch.int32 or words.shape[-1] != words_for(k):
         raise ValueError(f"{k} codes are {words_for(k)} int32 words, not {words.dtype} {tuple(words.shape)}")
     return unpack_nibbles(words, k).view(torch.int8) - INT4_OFFSET
+
+
+def row_blocks(n: int, k: int, most: int) -> list[slice]:
+    """All rows of a weight [n, k] in order, about `most` weights at a time: what is upcast at once."""
+    rows = math.ceil(n / math.ceil(n * k / most))
+    return [slice(start, start + rows) for start in range(0, n, rows)]
