@@ -37,7 +37,7 @@ class Scheme:
     """
 
     name: str
-    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3", "kv8"]
+    family: Literal["bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3", "int6", "kv8"]
     weight: str | None
     activation: str | None
 

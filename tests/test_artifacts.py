@@ -211,6 +211,7 @@ def test_a_quantised_head_parts_from_the_tied_embedding(tmp_path: Path) -> None:
     [
         ("w4a16-g64", "VLLM_CPU_INT4_W4A8=0"),
         ("w8a16", "vLLM on a CPU does not load it"),
+        ("w6a16", "no kernel for six bits"),
         ("w4a8-int8-g128", "on CPUs only"),
         ("w4a8-fp8-g64", "only with groups of 128"),
         ("w8a8-int8", "plain transformers"),

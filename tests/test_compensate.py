@@ -177,7 +177,7 @@ def test_a_module_without_a_cut_is_compensated_and_healed(folder: RunFolder) -> 
     assert loss(Healing(**common, passes=4).run(solved)) < loss(solved)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "int3-g32"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "int3-g32", "int6"])
 def test_a_latent_is_the_best_place_of_a_weight_among_the_others(name: str) -> None:
     w, (_, x) = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), inputs(400, 64, 0.5)
     hessian = (x.T @ x / len(x)).float()
@@ -186,7 +186,7 @@ def test_a_latent_is_the_best_place_of_a_weight_among_the_others(name: str) -> N
     assert torch.equal(latent.round(), weight.codes.float())
     for n, j in [(0, 3), (2, 40), (4, 63)]:
         rounded = weight.dequantize().double()
-        rounded[n, j] = float(latent[n, j] * weight.scale[n, j // 32])
+        rounded[n, j] = float(latent[n, j] * weight.scale[n, j * weight.scale.shape[1] // 64])
         rounded.requires_grad_()
         error = w.double() - rounded
         (gradient,) = torch.autograd.grad((error @ hessian.double() * error).sum(), rounded)

@@ -26,7 +26,7 @@ from lowprec.formats.rows import MixedRows
 WEIGHTS = list(WEIGHT_FORMATS)
 ACTIVATIONS = list(ACTIVATION_FORMATS)
 K = 256
-FAMILIES = ("bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3")
+FAMILIES = ("bf16", "fp8", "int8", "int4", "int4-asym", "int4-two-level", "int3", "int6")
 
 
 def slabs(fmt: WeightFormat, seed: int = 0, rows: int = 6) -> Tensor:
@@ -274,6 +274,7 @@ def test_families() -> None:
     assert sorted(names["int4"]) == ["w4a16", *rows, "w4a8-block", "w4a8-block64", "w4a8-fp8", "w4a8-int8"]
     assert sorted(names["int4-asym"]) == ["w4a16-asym", "w4a8-block-asym"]
     assert names["int3"] == ["w3a16"]
+    assert names["int6"] == ["w6a16"]
     assert names["int4-two-level"] == ["w4a8-two-level"]
     assert {s.family for s in SCHEMES.values()} == set(names)
 
@@ -283,7 +284,7 @@ def test_did_you_mean(asked: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
         scheme_named(asked)
     with pytest.raises(
-        ConfigError, match=r"did you mean 'int8'.*known: bf16, fp8, int3, int4, int4-asym, int4-two-level, int8"
+        ConfigError, match=r"did you mean 'int8'.*known: bf16, fp8, int3, int4, int4-asym, int4-two-level, int6, int8"
     ):
         schemes_of_family("int9")
 

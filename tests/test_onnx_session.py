@@ -157,7 +157,7 @@ def test_notes_say_what_was_not_scored(exported: Path) -> None:
 
 @pytest.mark.parametrize(
     "schemes",
-    [{TABLE: "w8a16", HEAD: "w4a16-g32-asym"}, {TABLE: "w4a16-g32-asym"}, {TABLE: "w4a16-g64"}],
+    [{TABLE: "w8a16", HEAD: "w4a16-g32-asym"}, {TABLE: "w6a16"}, {TABLE: "w4a16-g32-asym"}, {TABLE: "w4a16-g64"}],
 )
 def test_tables_of_their_own(schemes: dict[str, str], tmp_path: Path) -> None:
     source = artefact(tmp_path / "artefact", schemes, small("llama-untied"))

@@ -305,7 +305,7 @@ def two_sided_error(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, g: T
     return float(torch.trace(g.double() @ e @ hessian.double() @ e.T))
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int4-g32-asym", "int3-g64"])
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g32-asym", "int3-g64", "int6"])
 @pytest.mark.parametrize("rows", [16, 50, 96])
 def test_rows_that_make_up_for_each_other_reach_less_of_the_output(name: str, rows: int) -> None:
     fmt, (w, statistics), g = WEIGHT_FORMATS[name], layer(n=96), outputs(96)

@@ -289,7 +289,7 @@ def test_effects_of_an_embedding_are_the_gradient_of_its_weight(tmp_path: Path) 
         assert float(together) == pytest.approx(float((gradient * error.float()).sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("fmt", ["int4-g64-rows25", "int4-g64", "int8"])
+@pytest.mark.parametrize("fmt", ["int4-g64-rows25", "int4-g64", "int6", "int8"])
 def test_an_embedding_with_codes_of_its_own_reads_them(fmt: str, tmp_path: Path) -> None:
     model = tiny.decoder("llama-untied")
     solved = {EMBEDDING: tiny.rounded(model.get_input_embeddings().weight.detach(), fmt)}
@@ -325,7 +325,13 @@ def tied_model(name: str, fmt: str, scheme: str) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.parametrize(
     ("fmt", "scheme"),
-    [("int4-g64-rows25", "w4a16-g64-rows25"), ("int4-g64", "w4a16-g64"), ("int8", "w8a16"), ("fp8", "w8a8-fp8")],
+    [
+        ("int4-g64-rows25", "w4a16-g64-rows25"),
+        ("int4-g64", "w4a16-g64"),
+        ("int6", "w6a16"),
+        ("int8", "w8a16"),
+        ("fp8", "w8a8-fp8"),
+    ],
 )
 def test_the_runtime_answers_as_the_dense_model(name: str, fmt: str, scheme: str) -> None:
     model, dense = tied_model(name, fmt, scheme)
@@ -387,7 +393,7 @@ def test_a_head_of_another_scheme_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", TIED)
-@pytest.mark.parametrize("scheme", ["w4a16-g64-rows6", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w4a16-g64-rows6", "w6a16", "w8a16"])
 def test_a_table_is_stored_once_and_comes_back_tied(name: str, scheme: str, tmp_path: Path) -> None:
     model = tiny.decoder(name)
     solved = {"lm_head": tiny.rounded(model.get_output_embeddings().weight.detach(), str(scheme_named(scheme).weight))}
@@ -440,8 +446,11 @@ def test_a_run_for_bytes_quantises_an_embedding_that_is_not_tied(tmp_path: Path)
     report = lowprec.optimize(
         str(tiny.folder(tmp_path / "m", "llama-untied")), out=tmp_path / "out", budget="90%", objective="bytes",
         effort=dataclasses.replace(tiny.EFFORT, compensated=True, weighted=True, healing_passes=1),
-        data=[str(tiny.text(tmp_path / "t.jsonl"))], schemes=["int8", "int4"],
+        data=[str(tiny.text(tmp_path / "t.jsonl"))],
     )  # fmt: skip
+    scored = json.loads((tmp_path / "out" / "sensitivity.json").read_text())["record"]
+    offered = {row["scheme"] for row in scored if row["group"] == EMBEDDING}
+    assert {"w8a16", "w6a16", "w4a16-g64"} <= offered, "six bits are offered where the file's bytes count"
     table = next(g for g in report.groups if g.group == EMBEDDING)
     assert table.scheme != "bf16"
     assert report.parity.holds
@@ -451,6 +460,23 @@ def test_a_run_for_bytes_quantises_an_embedding_that_is_not_tied(tmp_path: Path)
         loaded.get_input_embeddings().weight, read_back(tmp_path / "out" / "model")[EMBEDDING].dequantize()
     )
     assert report.cost.after == pytest.approx(report.cost.weight_bytes_after, rel=0.02)
+
+
+def test_six_bits_are_stored_in_six_and_run_as_eight(tmp_path: Path) -> None:
+    report = lowprec.optimize(
+        str(tiny.folder(tmp_path / "m", "llama")), out=tmp_path / "out", budget="90%", objective="bytes",
+        effort=dataclasses.replace(tiny.EFFORT, compensated=True, healing_passes=1),
+        data=[str(tiny.text(tmp_path / "t.jsonl"))], schemes=["int6"],
+    )  # fmt: skip
+    assert {group.scheme for group in report.groups} == {"w6a16"}
+    assert report.parity.holds
+    assert report.cost.after == pytest.approx(report.cost.weight_bytes_after, rel=0.02)
+    header = read_header(tmp_path / "out" / "model" / "lowprec.safetensors").tensors
+    assert header["lm_head.codes"][1] == (tiny.WORDS, 64 * 6 // 32)
+    codes = read_back(tmp_path / "out" / "model")["lm_head"].codes
+    assert -32 <= int(codes.min()) < int(codes.max()) <= 31
+    converted = lowprec.apply_artefact(tiny.decoder(), tmp_path / "out" / "model", runtime=True)
+    assert converted.lm_head.codes.dtype == torch.int8
 
 
 @pytest.mark.parametrize("name", TIED)

@@ -4,6 +4,7 @@
 |-------------------|------------------|----------------------------------------|----------------------|
 | w4a16-g*          | pack-quantized   | int32 [N, K/8], eight codes each       | -                    |
 | w3a16-g*          | pack-quantized   | int32 [N, 3K/32], 32 codes to three    | -                    |
+| w6a16             | pack-quantized   | int32 [N, 3K/16], 16 codes to three    | -                    |
 | w8a16             | pack-quantized   | int32 [N, K/4], four codes each        | -                    |
 | w8a8-int8         | int-quantized    | int8 [N, K]                            | int8, dynamic, token |
 | w8a8-fp8          | float-quantized  | float8_e4m3fn [N, K]                   | fp8, dynamic, token  |
@@ -126,6 +127,8 @@ def runtime_notes(schemes: Iterable[Scheme], quantized_head: bool) -> tuple[str,
             )
         if scheme.name.startswith("w3a16"):
             notes.add("w3a16: vLLM has no kernel for three bits; transformers loads it")
+        if scheme.name == "w6a16":
+            notes.add("w6a16: vLLM has no kernel for six bits; transformers loads it")
         if scheme.name.startswith("w4a8-int8"):
             notes.add("w4a8-int8: vLLM runs it on CPUs only, and stores a byte for each 4-bit code")
         if scheme.name.startswith("w4a8-fp8"):

@@ -8,6 +8,7 @@ from lowprec.formats.base import (
     CacheFormat,
     QuantizedWeight,
     WeightFormat,
+    held_bits,
 )
 from lowprec.formats.schemes import (
     SCHEMES,
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedWeight",
     "WeightFormat",
     "for_tables",
+    "held_bits",
     "per_block",
     "resolve",
     "scheme_named",

@@ -10,7 +10,7 @@ what is loaded.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class WeightFormat(Protocol):
 
     def refuses(self, weight: QuantizedWeight) -> str | None:
         """Why codes and scales, of the right dtypes and shapes, are none of this format; None if they are."""
+
+
+def held_bits(fmt: WeightFormat) -> Literal[4, 8]:
+    """Bits of a code where there are only 4 and 8, as in kernels and in ONNX: those of 3 and 6 are some of them."""
+    return 4 if fmt.bits <= 4 else 8
 
 
 @runtime_checkable

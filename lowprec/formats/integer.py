@@ -55,8 +55,9 @@ class SymmetricInteger:
             return best_scale
         best_error = torch.full_like(largest, torch.inf)
         for shrink in SEARCH_SHRINK:
-            # Half a step beyond qmax still rounds to it, and the lower end of short grids reaches one step further.
-            scale = as_bfloat16(largest * shrink / (self.qmax + (0.5 if self.bits < 8 else 0.0))).clamp_min(TINY)
+            # Half a step beyond qmax still rounds to it, and the lower end of short grids reaches one step further; on
+            # long ones that is less than the search's own step.
+            scale = as_bfloat16(largest * shrink / (self.qmax + (0.5 if self.bits <= 4 else 0.0))).clamp_min(TINY)
             squared = (self.round(slab, scale) * scale - slab).square()
             error = (squared if importance is None else squared * importance).sum(-1, keepdim=True)
             better = error < best_error

@@ -35,6 +35,7 @@ def _schemes() -> dict[str, Scheme]:
         Scheme(name="w8a8-fp8", family="fp8", weight="fp8", activation="fp8-token"),
         Scheme(name="w8a8-int8", family="int8", weight="int8", activation="int8-token"),
         Scheme(name="w8a16", family="int8", weight="int8", activation=None),
+        Scheme(name="w6a16", family="int6", weight="int6", activation=None),
         Scheme(name=f"w8a8{BLOCK}", family="int8", weight="int8", activation=f"int8{BLOCK}{GROUP_SIZES[0]}"),
         Scheme(name="w8a8-fp8-static", family="fp8", weight="fp8", activation="fp8-static"),
         Scheme(name="w8a8-int8-static", family="int8", weight="int8", activation="int8-static"),

@@ -7,7 +7,7 @@
 |-------------|---------------|-------------------------|-----------------------|--------------------------|
 | int4, int3  | INT4          | per block               | none                  | axis = 0, block_size = G |
 | int4-asym   | UINT4         | per block               | UINT4                 | axis = 0, block_size = G |
-| int8        | INT8          | per output channel      | none                  | axis = 1                 |
+| int8, int6  | INT8          | per output channel      | none                  | axis = 1                 |
 | fp8         | FLOAT8E4M3FN  | per output channel      | none                  | axis = 1                 |
 
 Rows of two widths (`lowprec.formats.rows`) are two such products, put into the order of the vocabulary by Gather.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, held_bits
 from lowprec.formats.asymmetric import offset_codes
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.graph import Graph, lazy_constant
@@ -108,7 +108,7 @@ def onnx_type(name: str) -> ir.DataType:
     fmt = WEIGHT_FORMATS[name]
     if fmt.code_dtype == torch.float8_e4m3fn:
         return ir.DataType.FLOAT8E4M3FN
-    if fmt.bits == 8 and fmt.symmetric:
+    if held_bits(fmt) == 8 and fmt.symmetric:
         return ir.DataType.INT8
     if fmt.bits == 4 or (fmt.bits < 4 and fmt.symmetric):
         return ir.DataType.INT4 if fmt.symmetric else ir.DataType.UINT4

@@ -35,7 +35,7 @@ from lowprec.onnx.checks import LONG, check_file, check_outputs
 from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
 from lowprec.onnx.nbits import EXACT as FLOAT_INPUTS
-from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
 from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
 from lowprec.records import Scheme, digest
@@ -263,8 +263,7 @@ def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, 
     """What the canonical form of these layers does otherwise than their artefact."""
     notes = unrounded(schemes.values())
     formats = [WEIGHT_FORMATS[scheme.weight] for scheme in schemes.values() if scheme.weight is not None]
-    if any(fmt.bits == 3 for fmt in formats):
-        notes.append("3-bit weights are stored in 4 bits")
+    notes += widened(schemes.values())
     if any(not fmt.code_dtype.is_floating_point for fmt in formats):
         notes.append(
             "onnxruntime rounds the inputs of integer weights to INT8, block by block, unless the session is opened "

@@ -19,7 +19,7 @@ rows, with MatMulNBits over the same codes in the place of MatMulIntegerToFloat 
 
 from functools import partial
 
-from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, per_block, scheme_named
+from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, held_bits, per_block, scheme_named
 from lowprec.formats.rows import MixedRows
 from lowprec.formats.schemes import BLOCK, TWO_LEVEL
 from lowprec.formats.schemes import TOKEN as BY_TOKEN
@@ -38,7 +38,7 @@ def refuses(scheme: Scheme) -> str | None:
     fmt = WEIGHT_FORMATS[scheme.weight]
     if fmt.code_dtype.is_floating_point:
         return f"{scheme.name}: onnxruntime has no product of FP8 on CPUs, it would run in float32"
-    if isinstance(fmt, MixedRows) or (scheme.activation is None and fmt.bits == 8):
+    if isinstance(fmt, MixedRows) or (scheme.activation is None and held_bits(fmt) == 8):
         return (
             f"{scheme.name}: with inputs in float onnxruntime writes INT8 weights out in float32 at every call, which "
             "takes many times as long as to leave them there"

@@ -6,7 +6,7 @@
 |------------|------|--------------------------------------|-----------------------|----------------------------|
 | int4, int3 | 4    | codes + 8, the even column low       | as they are           | none: 8                    |
 | int4-asym  | 4    | codes from the smallest of the group | as they are           | [N, ceil(K/G/2)], even low |
-| int8       | 8    | codes + 128                          | the row's, repeated   | none: 128                  |
+| int8, int6 | 8    | codes + 128                          | the row's, repeated   | none: 128                  |
 
 INT8 rows of one scale take any G that the operator has, exactly. Where G does not divide K the last block ends in 0.
 What x is rounded to is the accuracy level: at 1 it stays in float32; at 4 each block of G of its values is rounded to
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowprec.errors import UnsupportedError
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, held_bits
 from lowprec.formats.asymmetric import offset_codes
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.graph import lazy_constant
@@ -55,7 +55,7 @@ def refuses_nbits(name: str) -> str | None:
         return f"rows of two widths, as in {name}, are two products"
     if fmt.code_dtype.is_floating_point:
         return f"MatMulNBits takes integers, {name} is floating point"
-    if fmt.bits == 8 and fmt.symmetric and fmt.group_size is None:
+    if held_bits(fmt) == 8 and fmt.symmetric and fmt.group_size is None:
         return None
     narrow = fmt.bits == 4 or (fmt.bits < 4 and fmt.symmetric)
     return None if narrow and fmt.group_size is not None else f"MatMulNBits has no form of {name}"
@@ -70,7 +70,7 @@ def blocks_of(name: str) -> Blocks:
     if reason := refuses_nbits(name):
         raise UnsupportedError(f"weights in {name} are no operand of MatMulNBits", (reason,))
     fmt = WEIGHT_FORMATS[name]
-    return Blocks(bits=8 if fmt.bits == 8 else 4, size=fmt.group_size or INT8_BLOCK, zeros=not fmt.symmetric)
+    return Blocks(bits=held_bits(fmt), size=fmt.group_size or INT8_BLOCK, zeros=not fmt.symmetric)
 
 
 def matmul_nbits(

@@ -21,7 +21,7 @@ import onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
-from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
+from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight, held_bits
 from lowprec.formats.rows import MixedRows
 from lowprec.onnx.activations import fuse_silu
 from lowprec.onnx.attention import LONGEST, to_fused_attention
@@ -30,7 +30,7 @@ from lowprec.onnx.graph import Graph, tidy
 from lowprec.onnx.matching import Mismatch
 from lowprec.onnx.nbits import DOMAIN, EXACT, FAST
 from lowprec.onnx.norms import find_norms, settle_norms
-from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
 from lowprec.onnx.phases import MANY, in_phases
 from lowprec.onnx.places import find_places
 from lowprec.onnx.products import PHASES, Level, to_products
@@ -146,8 +146,7 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
     if unscored := sorted({schemes[layer].name for layer in fast if level_of(schemes[layer]) != FAST}):
         notes.append(f"{', '.join(unscored)}: inputs are rounded to INT8 block by block, as they were not when scored")
     notes += unrounded(schemes[layer] for layer in (*exact, *form.dense))
-    if any(WEIGHT_FORMATS[str(s.weight)].bits == 3 for s in schemes.values() if s.weight is not None):
-        notes.append("3-bit weights are stored in 4 bits")
+    notes += widened(schemes.values())
     if phased := sorted({schemes[layer].name for layer in form.layers if levels[layer] == PHASES}):
         notes.append(
             f"{', '.join(phased)}: in calls of fewer than {MANY} tokens inputs are rounded in the blocks of "
@@ -175,7 +174,7 @@ def runtime_notes(schemes: Mapping[str, Scheme], levels: Mapping[str, Level], fo
 
 def _has_int8(scheme: Scheme) -> bool:
     fmt = WEIGHT_FORMATS[str(scheme.weight)]
-    return fmt.bits == 8 or isinstance(fmt, MixedRows)
+    return held_bits(fmt) == 8 or isinstance(fmt, MixedRows)
 
 
 def _some(layers: Sequence[str]) -> str:

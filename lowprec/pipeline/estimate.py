@@ -19,7 +19,7 @@ from lowprec.targets import TARGETS, RuntimeTarget
 
 LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
-OTHER_FORMATS = 3
+OTHER_FORMATS = 4
 DEPLOYED_COPIES = 3
 PASSES_FORWARD_BACKWARD = 4
 # Of a block's, in float32 where the disk has bfloat16: as gathered, ordered, and factorised.

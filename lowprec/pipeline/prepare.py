@@ -27,6 +27,7 @@ from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
 from lowprec.steps.transform import smooth
+from lowprec.targets.base import RuntimeTarget
 from lowprec.transforms import Smoothed
 from lowprec.version import __version__
 
@@ -134,7 +135,7 @@ def prepare(context: Context) -> Prepared:
         if not groups:
             raise ConfigError(f"{model.name} has no linear layer that can be quantised")
         widths = {g.name: tuple(output_width(stream.weighted[layer]) for layer in g.layers) for g in groups}
-        offered = schemes_named(settings.schemes or context.target.schemes)
+        offered = schemes_named(settings.schemes or _families(context))
         allowed, struck_out = candidates(groups, widths, offered, context.target)
         caches = _caches(context, stream, splits)
         allowed |= {name: (scheme_named("bf16"), scheme_named(caches.format)) for name in caches.names}
@@ -177,6 +178,15 @@ def prepare(context: Context) -> Prepared:
         inputs=inputs,
         metric_key=metric_key,
     )
+
+
+def _families(context: Context) -> tuple[str, ...]:
+    """What is offered where nothing is asked for: INT6, which runs as INT8, where the file's bytes are what counts and
+    only our own runtime reads it.
+    """
+    settings, target = context.settings, context.target
+    in_files = settings.objective == "bytes" and settings.rounds_embeddings and not isinstance(target, RuntimeTarget)
+    return (*target.schemes, "int6") if in_files else target.schemes
 
 
 def _smoothed(

@@ -1,10 +1,10 @@
 """What a scheme looks like: one colour per scheme, a short label for its cell, a pattern for variants.
 
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), chosen to stay apart in every common form of
-colour blindness; group sizes of one scheme differ in lightness, which everyone sees. Blues are INT8, green is FP8,
-reds and yellows are INT4, violets INT3, and bf16 is a quiet grey, since it is what was left alone. Colour is never the
-only carrier: cells have a label, variants (static activation scales, inputs in blocks, scales of two levels, zero
-points, tables with rows in INT8) a hatch, and every mark its name in text.
+colour blindness; group sizes of one scheme differ in lightness, which everyone sees. Blues are INT8, a pale one INT6,
+green is FP8, reds and yellows are INT4, violets INT3, and bf16 is a quiet grey, since it is what was left alone. Colour
+is never the only carrier: cells have a label, variants (static activation scales, inputs in blocks, scales of two
+levels, zero points, tables with rows in INT8) a hatch, and every mark its name in text.
 
 Left out: a colour for every scheme that may ever exist. One without an entry here is drawn in a spare colour.
 """
@@ -34,6 +34,7 @@ _FILLS = {
     "w8a16": ("#56b4e9", DARK_INK, "8"),
     "w8a8-int8": ("#0072b2", LIGHT_INK, "8"),
     "w8a8-fp8": ("#009e73", DARK_INK, "F8"),
+    "w6a16": ("#b3dcf2", DARK_INK, "6"),
     "w4a16": ("#d55e00", DARK_INK, "4"),
     "w4a16-g128": ("#8c3d00", LIGHT_INK, "4"),
     "w4a16-g64": ("#d55e00", DARK_INK, "4"),

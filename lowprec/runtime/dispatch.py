@@ -70,8 +70,9 @@ def kinds(scheme: Scheme) -> tuple[WeightKind, ActivationKind | None]:
 
 
 def weight_kind(fmt: str) -> WeightKind:
-    """The kind that kernels know a weight format by; INT3 is computed with as INT4, of which it uses half the codes."""
-    return cast(WeightKind, fmt.split("-")[0].replace("int3", "int4"))
+    """The kind that kernels know a weight format by: INT3's and INT6's codes are some of those of INT4 and INT8."""
+    kind = fmt.split("-")[0]
+    return cast(WeightKind, {"int3": "int4", "int6": "int8"}.get(kind, kind))
 
 
 def group_size_of(scheme: Scheme) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec.formats import WEIGHT_FORMATS
+from lowprec.formats import WEIGHT_FORMATS, held_bits
 from lowprec.formats.nested import LEVELS, RATIOS
 from lowprec.formats.two_level import stored_multiples
 from lowprec.records import Scheme
@@ -62,7 +62,7 @@ def _random_operands(scheme: Scheme, n: int, k: int, seed: int) -> Operands:
         return Operands(weight="fp8", codes=(raw + sign).view(fmt.code_dtype), scale=scale, activation_scale=static)
     limit = 2 ** (fmt.bits - 1) - 1
     codes = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
-    if fmt.bits < 8:
+    if held_bits(fmt) == 4:
         zero = None if fmt.symmetric else torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8)
         scale = fmt.store_scales(scale)
         return Operands(

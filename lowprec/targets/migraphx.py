@@ -3,7 +3,7 @@
 | plan        | in the graph                                                          |
 |-------------|-----------------------------------------------------------------------|
 | 4 and 3 bits| com.microsoft MatMulNBits of 4 bits, with or without zero points      |
-| INT8        | DequantizeLinear over INT8, one scale per output channel, then MatMul |
+| INT8, 6 bits| DequantizeLinear over INT8, one scale per output channel, then MatMul |
 | FP8         | refused: its FP8 is E4M3FNUZ, and the plan's codes are E4M3FN         |
 
 Expand, Range and their like take no free sizes there, so sizes are fixed and folded away. The list ends at opset 19,
@@ -64,7 +64,7 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.lowering import lower_opset
     from lowprec.onnx.nbits import DOMAIN
-    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.targeted import Written
 
@@ -76,14 +76,19 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
     graph.model.opset_imports[DOMAIN] = 1
     ir.save(graph.model, file, external_data=DATA)
     check_operators(onnx.load(file, load_external_data=False), "MIGraphX", OPERATORS, SOURCE)
-    notes = [sizes.told(graph.kind), *unrounded(source.schemes.values()), FLOAT_WEIGHTS]
+    notes = [
+        sizes.told(graph.kind),
+        *unrounded(source.schemes.values()),
+        *widened(source.schemes.values()),
+        FLOAT_WEIGHTS,
+    ]
     return Written(layers=len(layers), notes=tuple(notes), rounds=False)
 
 
 def _product(graph: Any, x: Any, layer: str, weight: Any) -> list[Any]:
     import onnx_ir as ir
 
-    from lowprec.formats import WEIGHT_FORMATS
+    from lowprec.formats import WEIGHT_FORMATS, held_bits
     from lowprec.onnx.canonical import dequantised
     from lowprec.onnx.nbits import EXACT, matmul_nbits
 
@@ -93,7 +98,7 @@ def _product(graph: Any, x: Any, layer: str, weight: Any) -> list[Any]:
             f"MIGraphX has no {weight.format} weights",
             ("its FP8 is E4M3FNUZ: run lowprec calibrate --schemes int8,int4",),
         )
-    if fmt.bits == 8:
+    if held_bits(fmt) == 8:
         codes = dequantised(graph, layer, weight)
         return [codes, ir.node("MatMul", [x, codes.outputs[0]])]
     return matmul_nbits(graph, x, layer, weight, EXACT)

@@ -3,7 +3,7 @@
 | plan              | in the graph                                                             |
 |-------------------|--------------------------------------------------------------------------|
 | 4 and 3 bits      | DequantizeLinear of INT4 in blocks, weights alone (what it has INT4 for) |
-| INT8, FP8         | weights per output channel; inputs in the same type, one fixed range     |
+| INT8, 6 bits, FP8 | weights per output channel; inputs in the same type, one fixed range     |
 | 4 bits, zero point| refused                                                                  |
 
 TensorRT has no product of INT8 or FP8 weights with inputs in float, so those layers' inputs get ranges of the probe
@@ -63,7 +63,7 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.graph import tidy
     from lowprec.onnx.lowering import float_cumsum
-    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
     from lowprec.onnx.operators import check_operators
     from lowprec.onnx.rounded_inputs import LARGEST, round_inputs
     from lowprec.onnx.targeted import Written
@@ -96,7 +96,7 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
             "as they did not when scored"
         )
     notes += unrounded(s for s in source.schemes.values() if str(s.weight).startswith("int4"))
-    notes.append(FLOAT_WEIGHTS)
+    notes += [*widened(source.schemes.values()), FLOAT_WEIGHTS]
     return Written(layers=len(rewritten.layers), notes=tuple(notes), rounds=bool(rounded))
 
 

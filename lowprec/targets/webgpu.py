@@ -51,7 +51,7 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
     from lowprec.onnx.folder import DATA
     from lowprec.onnx.graph import tidy
     from lowprec.onnx.nbits import DOMAIN, EXACT, matmul_nbits
-    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded
+    from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
     from lowprec.onnx.operators import name_of, nodes_of
     from lowprec.onnx.targeted import Written
 
@@ -63,7 +63,7 @@ def _make(request: Request, graph: "Graph", source: "Source", text: "Text", file
     notes = unrounded(source.schemes.values())
     if elsewhere:
         notes.append(f"{', '.join(elsewhere)}: not in WebGPU's list, so the CPU of the browser runs them")
-    notes.append(FLOAT_WEIGHTS)
+    notes += [*widened(source.schemes.values()), FLOAT_WEIGHTS]
     return Written(layers=len(layers), notes=tuple(notes), rounds=False)
 
 
