@@ -65,6 +65,12 @@ def test_what_the_judge_will_read_keeps_its_noise() -> None:
     assert few - PER_KL * 0.02 < own[0] + 2.0 * (many - PER_KL * 0.02)
 
 
+def test_mixes_of_another_kl_say_nothing() -> None:
+    near, far = [mix(kl, seed) for seed, kl in enumerate((0.02, 0.022))], [mix(kl, 9) for kl in (0.012, 0.05)]
+    assert bounds([*near, *far])[:2] == bounds(near)
+    assert bounds(far) == [bounds([one])[0] for one in far]
+
+
 def test_where_one_unit_holds_the_kl_each_mix_keeps_its_own_bound() -> None:
     mixes = [mix(0.02, seed) for seed in (1, 2)]
     for i, one in enumerate(mixes):
