@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import tiny
 from bench.dynamic import __main__ as main
 from bench.dynamic import live, scenes
+from bench.dynamic.times import Sizes
+from bench.dynamic.wide import write_wide
 from lowprec.errors import ConfigError
 from lowprec.ladder import Ladder, write_ladder
 from lowprec.simulate.traces import BURSTS, Lengths
+from lowprec.steps.load import load
 from tests.ladders import ladder
 from tests.test_live import of_run
 
@@ -112,6 +116,14 @@ def test_live_arrivals_are_the_traces_and_everything_is_counted(tmp_path: Path) 
         assert ours.worst_window_nats <= found.budget_nats
         assert fixed.return_s is None
     assert json.loads(json.dumps(dataclasses.asdict(found)))["model_digest"] == made.model_digest
+
+
+def test_a_wide_model_loads_with_its_tokenizer(tmp_path: Path) -> None:
+    sizes = Sizes(blocks=2, hidden=64, intermediate=128, heads=4, kv_heads=2)
+    count = write_wide(tiny.folder(tmp_path / "like", "llama"), tmp_path / "wide", sizes)
+    model = load(tmp_path / "wide")
+    assert sum(p.numel() for p in model.module.parameters()) == count
+    assert count - sizes.parameters() == 2 * 64 * len(model.tokenizer) + 5 * 64, "embedding, head and norms"
 
 
 def test_a_live_bench_that_shows_nothing_says_so() -> None:

@@ -3,14 +3,15 @@
     python -m bench.dynamic ladder MODEL RUN [--out bench/results/ladder_cpu.json]
     python -m bench.dynamic bursts [--seeds 20] [--workers 2] [--ttft 5 ...] [--out bench/results/dynamic.json]
     python -m bench.dynamic live MODEL_OR_RUN [--out bench/results/dynamic_live.json]
+    python -m bench.dynamic wide MODEL OUT
     python -m bench.dynamic million
 
 `ladder` measures every rung's step times (`times.py`) and losses (`losses.py`); RUN is a finished `lowprec calibrate`
 of MODEL. `bursts` replays three shapes of bursts, with peaks of 1.2 times what the top rung can serve, and calm
 traffic; with `--ttft` the measured scene alone, with each of these objectives of the time to first token. `live` sends
 requests to a server in this process, with the controller and without (`live.py`), along the ladder of a run or, of a
-model, of a run that is made first. The exit code of both is 1 where a bar of `scenes.py` is missed. `million` times a
-replay of a million requests.
+model, of a run that is made first; `wide` makes one that spends its time on weights, as larger ones do. The exit code
+of `bursts` and `live` is 1 where a bar of `scenes.py` is missed. `million` times a replay of a million requests.
 """
 
 import dataclasses
@@ -198,6 +199,17 @@ def _print_live(found: "LiveResult") -> None:
     console.print(f"late {100 * found.violations_change:+.1f} %, TTFT p95 {found.ttft_ratio:.2f} times better")
     for missed in found.missed:
         console.print(f"[red]missed[/]: {missed}")
+
+
+@app.command()
+def wide(
+    like: Annotated[Path, typer.Argument(help="A model, whose tokenizer is taken.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Writes a model of wide layers and random weights, for `live`."""
+    from bench.dynamic.wide import write_wide
+
+    print(f"{out}: {write_wide(like, out) / 1e6:.0f} M random weights")
 
 
 @app.command()

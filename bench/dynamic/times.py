@@ -45,6 +45,18 @@ class Sizes:
         kv = self.kv_heads * self.hidden // self.heads
         return self.blocks * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
 
+    def config(self) -> transformers.LlamaConfig:
+        """The configuration of such a decoder."""
+        return transformers.LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=False,
+        )
+
 
 class Both(nn.Module):
     """One layer at two levels; `level` says which one computes."""
@@ -65,15 +77,7 @@ class Both(nn.Module):
 
 def decoder(sizes: Sizes, levels: Sequence[str], seconds: float) -> transformers.PreTrainedModel:
     """The decoder with both levels in its blocks and the higher one in its head."""
-    config = transformers.LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.blocks,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        vocab_size=sizes.vocabulary,
-        tie_word_embeddings=False,
-    )
+    config = sizes.config()
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     shapes = {name: tuple(layer.weight.shape) for name, layer in linear_layers(model).items()}
