@@ -20,9 +20,10 @@ class Effort:
         checked_pairs, checked_tokens: (group, scheme) pairs measured directly, and on how many tokens.
         compensated: round every mix that is measured once more, each group making up for those before it.
         weighted: whether the tokens of the calibration text weigh as their gradients say in that.
-        two_sided: with `weighted`, whether rows make up for each other's errors, as their outputs' gradients say.
+        two_sided: whether rows make up for each other's errors in that, as their outputs' gradients say.
         learning_steps: steps of learned rounding for each block of every mix that is compensated.
-        healing_passes: passes over the calibration text that tune the scales of every mix that is measured.
+        healing_passes: passes over the calibration text that tune the scales of every mix that is measured; 0.5 is half
+            of it.
         rounds: verification rounds at most.
         window: tokens of a window.
         solver: rounds weights of fewer than 8 bits.
@@ -42,13 +43,13 @@ class Effort:
     weighted: bool = False
     two_sided: bool = False
     learning_steps: int = 0
-    healing_passes: int = 0
+    healing_passes: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.two_sided and not self.weighted:
-            raise ConfigError(f"effort {self.name!r}: two_sided needs weighted, which gathers the same gradients")
-        if (self.weighted or self.learning_steps) and not self.compensated:
-            raise ConfigError(f"effort {self.name!r}: weighted and learning_steps are parts of compensated")
+        if (self.weighted or self.two_sided or self.learning_steps) and not self.compensated:
+            raise ConfigError(f"effort {self.name!r}: weighted, two_sided and learning_steps are parts of compensated")
+        if not self.healing_passes >= 0:
+            raise ConfigError(f"effort {self.name!r}: {self.healing_passes:g} passes of healing: give 0 or more")
 
 
 EFFORTS = {
@@ -89,7 +90,7 @@ EFFORTS = {
             weighted=True,
             two_sided=True,
             rounds=4,
-            healing_passes=1,
+            healing_passes=1.0,
         ),
     )
 }
@@ -181,11 +182,11 @@ class Settings:
         return None if self.kv_cache is None else KV_CACHES[self.kv_cache]
 
     @property
-    def healing_passes(self) -> int:
+    def healing_passes(self) -> float:
         """How often healing goes through the calibration text."""
         if self.heal is None:
             return self.effort.healing_passes
-        return max(self.effort.healing_passes, 1) if self.heal else 0
+        return (self.effort.healing_passes or 1.0) if self.heal else 0.0
 
 
 def _require_device(name: str) -> None:

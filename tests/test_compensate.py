@@ -295,6 +295,19 @@ def test_healing_is_the_same_every_time(folder: RunFolder) -> None:
     assert all(torch.equal(one[layer].scale, two[layer].scale) for layer in solved)
 
 
+def test_parts_of_a_pass_go_through_parts_of_the_text(folder: RunFolder) -> None:
+    lab = Lab(folder, "w4a16-g32", tiny.decoder())
+    count = len(lab.common["batches"])
+    for passes, wanted in ((0.5, (count + 1) // 2), (1, count), (2, 2 * count)):
+        steps = Healing(**lab.common, passes=passes)._steps()
+        positions = [position for step in steps for position in step]
+        assert len(positions) == wanted
+        assert len(set(positions)) == min(wanted, count), "each once before any comes again"
+    solved = lab.compensated()
+    healed = Healing(**lab.common, passes=0.5, rate=0.1).run(solved)
+    assert any(not torch.equal(healed[layer].scale, solved[layer].scale) for layer in solved)
+
+
 def test_no_pass_heals_nothing(folder: RunFolder) -> None:
     lab = Lab(folder, "w4a16-g32", tiny.decoder())
     solved = lab.compensated()

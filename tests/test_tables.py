@@ -465,7 +465,7 @@ def test_a_run_for_bytes_quantises_an_embedding_that_is_not_tied(tmp_path: Path)
 def test_six_bits_are_stored_in_six_and_run_as_eight(tmp_path: Path) -> None:
     report = lowprec.optimize(
         str(tiny.folder(tmp_path / "m", "llama")), out=tmp_path / "out", budget="90%", objective="bytes",
-        effort=dataclasses.replace(tiny.EFFORT, compensated=True, healing_passes=1),
+        effort=dataclasses.replace(tiny.EFFORT, compensated=True, two_sided=True, healing_passes=0.5),
         data=[str(tiny.text(tmp_path / "t.jsonl"))], schemes=["int6"],
     )  # fmt: skip
     assert {group.scheme for group in report.groups} == {"w6a16"}

@@ -299,7 +299,8 @@ def test_a_budget_in_a_unit_of_its_own_takes_the_usual_text() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"two_sided": True, "compensated": True}, "two_sided needs weighted"),
+        ({"two_sided": True, "compensated": False}, "parts of compensated"),
+        ({"healing_passes": -0.5}, "-0.5 passes of healing: give 0 or more"),
         ({"weighted": True, "compensated": False}, "parts of compensated"),
         ({"learning_steps": 5, "compensated": False}, "parts of compensated"),
     ],

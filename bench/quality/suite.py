@@ -50,13 +50,13 @@ class Ours:
     Attributes:
         kind: the rounding's name; its `solver`, `steps` of learned rounding, and `passes` of healing.
         smoothed, weighted, two_sided, rotated: whether scales are merged between layers before, calibration tokens
-            weigh, rows make up for each other's errors (tokens weigh then, too), hidden states are turned before.
+            weigh, rows make up for each other's errors, hidden states are turned before.
     """
 
     kind: str
     solver: str = "gptq-quick"
     steps: int = 0
-    passes: int = 0
+    passes: float = 0.0
     scheme: str = ""
     smoothed: bool = False
     weighted: bool = False
@@ -74,13 +74,14 @@ class Ours:
     def arguments(self) -> tuple[str, ...]:
         """Of its worker."""
         flags = (self.smoothed, self.weighted, self.two_sided, self.rotated)
-        return self.scheme, self.solver, *(str(int(n)) for n in (self.steps, self.passes, *flags))
+        return self.scheme, self.solver, str(self.steps), f"{self.passes:g}", *(str(int(n)) for n in flags)
 
 
 PLAIN = Ours(kind="plain rounding", solver="rtn")
 COMPENSATED = Ours(kind="compensated")
 LEARNED = Ours(kind="learned", steps=40)
 HEALED = Ours(kind="healed", passes=1)
+HALF = Ours(kind="healed by half the text", passes=0.5)
 BOTH = Ours(kind="learned and healed", steps=40, passes=1)
 OURS = (
     replace(PLAIN, scheme="w4a16-g64"),
@@ -94,15 +95,19 @@ OURS = (
     replace(HEALED, scheme="w4a16-g64", smoothed=True),
     replace(HEALED, scheme="w4a16-g64", rotated=True),
     replace(HEALED, scheme="w4a16-g64", two_sided=True),
+    replace(HALF, scheme="w4a16-g64", two_sided=True, rotated=True),
     replace(HEALED, scheme="w4a16-g64", two_sided=True, rotated=True),
+    replace(HEALED, scheme="w4a16-g64", weighted=True, two_sided=True, rotated=True),
     replace(BOTH, scheme="w4a16-g64"),
     replace(BOTH, scheme="w4a16-g64", two_sided=True),
     replace(COMPENSATED, scheme="w4a16-g32-asym"),
     replace(HEALED, scheme="w4a16-g32-asym"),
     replace(HEALED, scheme="w4a16-g32-asym", rotated=True),
+    replace(HALF, scheme="w4a16-g32-asym", two_sided=True, rotated=True),
     replace(COMPENSATED, scheme="w3a16-g64"),
     replace(HEALED, scheme="w3a16-g64"),
     replace(COMPENSATED, scheme="w3a16-g64", two_sided=True, rotated=True),
+    replace(HALF, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(HEALED, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(PLAIN, scheme="w8a16"),
     replace(PLAIN, scheme="w8a8-int8"),

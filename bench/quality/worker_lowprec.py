@@ -3,11 +3,11 @@
     worker_lowprec.py MODEL CALIBRATION OUT SCHEME SOLVER STEPS PASSES SMOOTH WEIGH TWO_SIDED ROTATE
 
 SOLVER is one of lowprec's: `rtn` rounds to nearest and nothing else, the others are compensated, with STEPS of learned
-rounding in each block, 0 for none; PASSES of healing follow, 0 for none; SMOOTH is 1 when scales are merged between the
-layers first, WEIGH when calibration tokens weigh as their gradients say, TWO_SIDED when rows make up for each other's
-errors as well, ROTATE when hidden states and heads are turned before: the whole turned model is then saved in
-OUT/model. A decoder's head and an encoder's pooler stay as they are. These are the steps that `lowprec calibrate` takes
-for each mix.
+rounding in each block, 0 for none; PASSES of healing follow, 0 for none, 0.5 for half of the text; SMOOTH is 1 when
+scales are merged between the layers first, WEIGH when calibration tokens weigh as their gradients say, TWO_SIDED when
+rows make up for each other's errors, ROTATE when hidden states and heads are turned before: the whole turned model is
+then saved in OUT/model. A decoder's head and an encoder's pooler stay as they are. These are the steps that `lowprec
+calibrate` takes for each mix.
 """
 
 import sys
@@ -24,7 +24,7 @@ from lowprec.steps.calibrate import Calibration
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
 from lowprec.steps.heal import Healing
-from lowprec.steps.importance import token_importance
+from lowprec.steps.importance import output_gradients, token_importance
 from lowprec.steps.learn import Learning
 from lowprec.steps.load import decoder_forward, sentence_forward, wrap
 from lowprec.steps.outcome import Tokens, Vector
@@ -71,12 +71,15 @@ if __name__ == "__main__":
             name="quality",
             learning=Learning(steps=int(steps)) if int(steps) else None,
         )
-        if int(weigh) or int(two_sided):
-            products = Scratch(Path(place) / "outputs", "")
-            keep = (lambda g, found: products.save(g.name, [p.bfloat16() for p in found])) if int(two_sided) else None
-            importance = token_importance(stream, groups, batches, outcome, keep=keep)
-            outputs = lambda group: products.load(group.name) or ()  # noqa: E731
-            compensation = replace(compensation, importance=importance, outputs=outputs)
+        products = Scratch(Path(place) / "outputs", "")
+        keep = lambda g, found: products.save(g.name, [p.bfloat16() for p in found])  # noqa: E731
+        if int(weigh):
+            importance = token_importance(stream, groups, batches, outcome, keep=keep if int(two_sided) else None)
+            compensation = replace(compensation, importance=importance)
+        elif int(two_sided):
+            output_gradients(stream, groups, batches, outcome, keep)
+        if int(two_sided):
+            compensation = replace(compensation, outputs=lambda group: products.load(group.name) or ())
         weighed = clock.elapsed
         if solver == "rtn":
             rounder = compensation.rounder
@@ -85,8 +88,8 @@ if __name__ == "__main__":
         else:
             solved = compensation.run(Scratch(Path(place) / "work", ""))
         rounded = clock.elapsed
-        if int(passes):
-            solved = Healing(**common, passes=int(passes)).run(solved)
+        if float(passes):
+            solved = Healing(**common, passes=float(passes)).run(solved)
     if int(rotate):
         model.to(torch.bfloat16).save_pretrained(Path(out) / "model")
         tokenizer.save_pretrained(Path(out) / "model")

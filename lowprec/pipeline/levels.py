@@ -74,7 +74,7 @@ def levels_of(chosen: Chosen) -> Levels:
         "lower": digest(repr(sorted(lower.items()))),
         # Which rounding a mix gets hangs on both.
         "tuning": prepared.tuning.data.digest,
-        "rounding": digest(repr(settings.effort), str(settings.healing_passes), prepared.metric_key),
+        "rounding": digest(repr(settings.effort), f"{settings.healing_passes:g}", prepared.metric_key),
     }
     return Levels(chosen=chosen, lower=lower, path=prepared.context.folder.path / FOLDER, inputs=inputs)
 

@@ -25,7 +25,7 @@ from lowprec.steps.allocate import Allocation
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.correction import Correction
 from lowprec.steps.heal import Healing
-from lowprec.steps.importance import Importance, token_importance
+from lowprec.steps.importance import Importance, output_gradients, token_importance
 from lowprec.steps.judge import confidence_of
 from lowprec.steps.learn import Learning
 from lowprec.steps.measure import Run, compare, run_through
@@ -117,8 +117,8 @@ class Mixes:
         # Which rounding a mix is given depends on the effort, so what was measured does, too.
         prepared, settings = self._prepared, self._prepared.context.settings
         effort = settings.effort
-        kinds = (effort.compensated, effort.weighted, effort.two_sided, effort.learning_steps, settings.healing_passes)
-        rounding = {"rounding": " ".join(map(str, kinds))}
+        kinds = (effort.compensated, effort.weighted, effort.two_sided, effort.learning_steps)
+        rounding = {"rounding": " ".join(map(str, kinds)) + f" {settings.healing_passes:g}"}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
         self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
         folder = prepared.context.folder
@@ -261,19 +261,17 @@ class Mixes:
 
     @cached_property
     def _importance(self) -> Importance:
-        """What calibration tokens weigh: that of the reference, so it serves all mixes."""
+        """What calibration tokens weigh; what is known of outputs is kept. Both are the reference's, for all mixes."""
         prepared, context = self._prepared, self._prepared.context
-        if not context.settings.effort.weighted:
+        effort, seed = context.settings.effort, context.settings.seed
+        if not (effort.weighted or effort.two_sided):
             return {}
+        given = (prepared.stream, prepared.groups, prepared.statistics_batches, context.model.outcome)
         with context.progress.step("importance"):
-            return token_importance(
-                prepared.stream,
-                prepared.groups,
-                prepared.statistics_batches,
-                context.model.outcome,
-                context.settings.seed,
-                self._keep_outputs if context.settings.effort.two_sided else None,
-            )
+            if effort.weighted:
+                return token_importance(*given, seed, self._keep_outputs if effort.two_sided else None)
+            output_gradients(*given, self._keep_outputs, seed)
+        return {}
 
     @cached_property
     def _outputs(self) -> Scratch:

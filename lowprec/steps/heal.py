@@ -34,7 +34,7 @@ from lowprec.formats import WEIGHT_FORMATS, QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.steps.backward import backward, gathered
 from lowprec.steps.calibrate import Calibration, Progress
-from lowprec.steps.measure import Run, run_through
+from lowprec.steps.measure import run_through
 from lowprec.steps.memory import trim
 from lowprec.steps.outcome import Outcome
 from lowprec.steps.solve import overrides
@@ -89,7 +89,7 @@ class Healing:
     Attributes:
         schemes: group -> scheme.
         batches: calibration text.
-        passes: how often it is gone through.
+        passes: how often it is gone through; 0.5 goes through half of it.
         rate: largest change of log s in a step.
     """
 
@@ -99,7 +99,7 @@ class Healing:
     batches: Sequence[Any]
     outcome: Outcome
     calibration: Calibration
-    passes: int
+    passes: float
     seed: int = 0
     rate: float = RATE
 
@@ -110,8 +110,10 @@ class Healing:
         fixed = {layer: solved[layer] for g in self.groups if g.tables for layer in g.layers if layer in solved}
         scales = {layer: _Scales(weight) for layer, weight in solved.items() if layer not in fixed}
         with self.stream.computing(fast_dtype(self.stream)):
-            reference = run_through(self.stream, self.batches)
             steps = self._steps()
+            used = sorted({position for step in steps for position in step})
+            found = run_through(self.stream, [self.batches[position] for position in used])
+            reference = dict(zip(used, found.hidden, strict=True))
             for number, positions in enumerate(steps, start=1):
                 self._gather(scales, self._overlay(scales, fixed), reference, positions)
                 for layer in scales.values():
@@ -124,10 +126,11 @@ class Healing:
         """Which batches each step goes through: every batch once a pass, in a seeded order."""
         generator = torch.Generator().manual_seed(self.seed)
         steps: list[list[int]] = []
-        for _ in range(self.passes):
+        wanted = math.ceil(self.passes * len(self.batches))
+        for before in range(0, wanted, len(self.batches)):
             steps.append([])
             held = 0
-            for position in torch.randperm(len(self.batches), generator=generator).tolist():
+            for position in torch.randperm(len(self.batches), generator=generator).tolist()[: wanted - before]:
                 if held >= STEP_TOKENS:
                     steps.append([])
                     held = 0
@@ -145,12 +148,12 @@ class Healing:
         return made
 
     def _gather(
-        self, scales: Mapping[str, _Scales], overlay: Overlay, reference: Run, positions: Sequence[int]
+        self, scales: Mapping[str, _Scales], overlay: Overlay, reference: Mapping[int, Any], positions: Sequence[int]
     ) -> None:
         """Forwards and backwards over some batches; adds up the scales' gradients."""
         stream = self.stream
         batches = [self.batches[p] for p in positions]
-        known = [reference.hidden[p] for p in positions]
+        known = [reference[p] for p in positions]
 
         def behind(hidden: Sequence[Any]) -> list[Tensor]:
             return self._behind(scales, overlay, batches, known, hidden)
