@@ -43,7 +43,8 @@ def backward(
     gradients = behind(hidden)
     for index in reversed(range(len(inputs))):
         with stream.block(index, overlay), opened(index):
-            given = zip(inputs[index], calls, gradients, strict=True)
+            # Popped: what is behind a block on the way back is of no more use.
+            given = zip(inputs.pop(), calls, gradients, strict=True)
             gradients = [_back(stream, index, x, call, gradient) for x, call, gradient in given]
 
 

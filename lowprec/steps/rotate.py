@@ -22,6 +22,7 @@ from lowprec.errors import UnsupportedError
 from lowprec.records import digest
 from lowprec.steps.linear import output_width
 from lowprec.steps.load import Model, Original
+from lowprec.steps.memory import trim
 from lowprec.steps.places import Places, heads_of
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
@@ -53,6 +54,7 @@ def turned(model: Model, seed: int = 0) -> Model:
     module: Any = copy.deepcopy(model.module).float()
     turning.apply(module, seed)
     module.config.tie_word_embeddings = False
+    trim()
     return dataclasses.replace(
         model,
         module=module,
