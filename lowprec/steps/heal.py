@@ -227,7 +227,7 @@ class Healing:
                     output = stream.run(0, batch, NO_CALL) if stream.whole else stream.leave(leaf[rows], window)
                     divergence = self.outcome.divergence(expected[rows], output, window) / events
                     torch.autograd.backward(divergence)
-                    total += float(divergence)
+                    total += float(divergence.detach())
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 gradients.append(leaf.grad)
         return gradients, total
