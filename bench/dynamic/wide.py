@@ -1,8 +1,8 @@
 """A model whose weights are where time goes: few wide blocks, far beyond the last-level cache, with random weights.
 
 What it answers means nothing, and what rounding costs it says little of trained models. What it takes does not depend
-on what its weights are: so it shows what a ladder wins by the clock where a model as small as SmolLM2-135M spends its
-time elsewhere.
+on what its weights are: so it is there to show what a ladder wins by the clock, where a model as small as SmolLM2-135M
+spends its time elsewhere.
 """
 
 from dataclasses import replace

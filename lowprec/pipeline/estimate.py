@@ -9,8 +9,8 @@ from torch import nn
 
 from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
 from lowprec.formats.schemes import ROW_PERCENTS
-from lowprec.settings import Settings
-from lowprec.steps.importance import OUTPUT_ROWS
+from lowprec.settings import Effort, Settings
+from lowprec.steps.importance import OUTPUT_ROWS, OUTPUT_TOKENS
 from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.metrics import text_growth
@@ -83,7 +83,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         + effort.checked_pairs * effort.checked_tokens * 0.6
         + 3 * growth * effort.tuning_tokens
         + 2 * growth * effort.held_out_tokens
-        + (PASSES_FORWARD_BACKWARD + 1) * effort.calibration_tokens * effort.weighted
+        + (PASSES_FORWARD_BACKWARD + 1) * _gradient_tokens(effort)
         + effort.rounds * _passes_per_mix(settings) * effort.calibration_tokens
         + settings.ladder * _ladder_passes(settings)
     )
@@ -105,6 +105,13 @@ def _output_bytes(rows: int) -> float:
     """On disk, of what is known of a layer's outputs (`lowprec.steps.importance`): bfloat16, in parts."""
     whole, rest = divmod(rows, OUTPUT_ROWS)
     return 2.0 * (whole * OUTPUT_ROWS**2 + rest**2)
+
+
+def _gradient_tokens(effort: Effort) -> int:
+    """Tokens that gradients are taken of for compensation: all where they weigh, the first ones for outputs alone."""
+    if effort.weighted:
+        return effort.calibration_tokens
+    return min(OUTPUT_TOKENS, effort.calibration_tokens) if effort.two_sided else 0
 
 
 def _passes_per_mix(settings: Settings) -> float:
