@@ -1,5 +1,7 @@
 """Real models: the demo decoder in small, and the sentence encoder in full."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from lowprec.api import optimize
+from lowprec.results import Report
 from lowprec.settings import Effort
 from lowprec.steps.load import load, wrap
 
@@ -25,10 +28,16 @@ SMALL = Effort(
 )
 
 
+def in_small(out: Path) -> Report:
+    return optimize(DEMO, out=out, budget="5%", objective="bytes", effort=SMALL, embeddings=False)
+
+
 @pytest.mark.timeout(900)
 def test_the_demo_model_in_small(tmp_path: Path) -> None:
     assert DEMO.exists(), "bash ci/demo_model.sh BIN .demo puts it there"
-    report = optimize(DEMO, out=tmp_path / "out", budget="5%", objective="bytes", effort=SMALL, embeddings=False)
+    # In a process of its own: the most that one has held counts what other tests held in it.
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        report = alone.submit(in_small, tmp_path / "out").result()
     assert report.verdict == "inconclusive", "4,096 tokens carry no verdict"
     assert report.loss.relative < 0.06
     assert report.parity.holds
@@ -36,7 +45,7 @@ def test_the_demo_model_in_small(tmp_path: Path) -> None:
     assert report.sensitivity.measured_kl_nats == pytest.approx(report.sensitivity.predicted_kl_nats, rel=0.4)
     int4 = sum(s.parameters for s in report.schemes if s.scheme.startswith("w4"))
     assert int4 > 0.2 * sum(s.parameters for s in report.schemes)
-    assert report.peak_memory_bytes < 3e9
+    assert report.peak_memory_bytes < 2.75e9
 
 
 def embed(module: Any, batch: Any) -> torch.Tensor:
