@@ -83,7 +83,8 @@ def optimize(
         embeddings: whether embeddings are rounded as well, in lowprec's own form; None: when bytes are the objective.
         ladder: whether rungs are made, too, between which one set of weights switches while it serves; `out`/nested has
             the weights then, `out`/ladder.json the rungs (`lowprec.serve`).
-        kv_cache: "8" or "fp8": what the KV cache may be kept in, where that pays; None leaves it as it is.
+        kv_cache: "8", "fp8" or "int8-channel": what the KV cache may be kept in, where that pays; "none" leaves it as
+            it is, None offers what the target's attention computes with.
         schemes: families or names of schemes that may be chosen, none for what the target offers; bf16 always may.
         data: text, JSONL or Parquet files, or `datasets` names; empty for the offline default.
 

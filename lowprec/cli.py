@@ -93,7 +93,10 @@ def calibrate(
     ] = False,
     kv_cache: Annotated[
         str | None,
-        typer.Option(help="What the KV cache may be kept in, too: 8 (INT8, layer by layer) or fp8 (all layers)."),
+        typer.Option(
+            help="What the KV cache may be kept in: 8 (INT8, layer by layer), fp8 or int8-channel (all layers), none; "
+            "left out: what the target offers."
+        ),
     ] = None,
     schemes: Annotated[
         str, typer.Option(help="Families or schemes that may be chosen; left out: what the target offers.")

@@ -71,6 +71,7 @@ class CachePlace:
     """The keys, or the values, that one attention layer stores: for each token `heads` vectors of `width` numbers.
 
     `module` is the attention's name in the model, `layer` its number in a cache of transformers.
+    `queries` is how many heads ask for what is stored, 0 where that is not known.
     """
 
     module: str
@@ -78,6 +79,7 @@ class CachePlace:
     part: CachePart
     heads: int
     width: int
+    queries: int = 0
 
     @property
     def name(self) -> str:
@@ -97,13 +99,22 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedPart:
-    """The keys, or the values, of one attention layer in a cache format, with the scale of static ones."""
+    """The keys, or the values, of one attention layer in a cache format.
+
+    Static formats have a calibrated `scale`, or `scales` of all channels of all heads, a head after the other.
+    """
 
     module: str
     layer: int
     part: CachePart
     format: str
     scale: float | None = None
+    scales: tuple[float, ...] = ()
+
+    @property
+    def calibrated(self) -> float | tuple[float, ...] | None:
+        """What the format takes."""
+        return self.scales or self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,9 @@ EFFORTS = {
 
 OBJECTIVES: tuple[Objective, ...] = ("time", "bytes", "dollars")
 DEVICES = ("cpu", "cuda")
-KV_CACHES = {"8": "kv8-int8", "int8": "kv8-int8", "fp8": "kv8-fp8"}
+KV_CACHES = {"8": "kv8-int8", "int8": "kv8-int8", "fp8": "kv8-fp8", "int8-channel": "kv8-channel-int8"}
+KEPT = "none"
+"""What says that the KV cache stays as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +123,10 @@ class Settings:
             switch while a model serves.
         kv_cache: what the KV cache may be kept in: "8" or "int8" for INT8, each head of each token with a scale,
             layers, keys and values by themselves; "fp8" for FP8 with calibrated scales in all layers at once, which
-            checkpoints can say; None to leave it as it is. It is off unless asked for, since it pays for few: what is
-            judged then is generation with such a cache, which our own runtime alone computes (and vLLM, for FP8), in
-            torch a step takes longer by what is decoded, and the bytes count where contexts are long or batches large.
+            checkpoints can say; "int8-channel" for INT8 with a calibrated scale for each channel, in all layers, which
+            onnxruntime's attention computes with; "none" to leave it as it is; None for what the target offers. Our own
+            runtime offers none, since it pays for few: what is judged is generation with such a cache, in torch a step
+            takes longer by what is decoded, and the bytes count where contexts are long or batches large.
         workers: threads that round layers side by side; they do not change the results.
     """
 
@@ -155,9 +158,9 @@ class Settings:
                 f"unknown calibration device {self.calibration_device!r}: {closest(self.calibration_device, DEVICES)}"
             )
         _require_device(self.calibration_device)
-        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
-            raise ConfigError(f"unknown KV cache {self.kv_cache!r}: {closest(self.kv_cache, list(KV_CACHES))}")
-        if self.kv_cache is not None and self.ladder:
+        if self.kv_cache is not None and self.kv_cache not in (KEPT, *KV_CACHES):
+            raise ConfigError(f"unknown KV cache {self.kv_cache!r}: {closest(self.kv_cache, [*KV_CACHES, KEPT])}")
+        if self.kv_cache in KV_CACHES and self.ladder:
             raise ConfigError(
                 "rungs are measured with the KV cache as it is: give either a ladder or a KV cache format"
             )
@@ -176,10 +179,11 @@ class Settings:
         """Whether layers that runtimes fuse share a scheme; nothing that reads embeddings in codes fuses any."""
         return not self.rounds_embeddings
 
-    @property
-    def cache_format(self) -> str | None:
-        """The cache format that keys and values may have, None for none."""
-        return None if self.kv_cache is None else KV_CACHES[self.kv_cache]
+    def cache_format(self, offered: str | None) -> str | None:
+        """The cache format that keys and values may have, None for none; `offered` is the target's."""
+        if self.kv_cache is None:
+            return None if self.ladder else offered
+        return KV_CACHES.get(self.kv_cache)
 
     @property
     def healing_passes(self) -> float:

@@ -27,6 +27,7 @@ from lowprec.results import Report
 from lowprec.runtime.kvcache import PARTS, cache_argument, fake_quantize
 from lowprec.runtime.request_cache import RequestCache
 from lowprec.runtime.serving_cache import tap_cache
+from lowprec.settings import KV_CACHES
 from lowprec.steps.allocate import Option, allocate
 from lowprec.steps.caches import Caches, cache_bytes, find_caches, ranges, scales_of
 from lowprec.steps.calibrate import calibrate
@@ -129,7 +130,7 @@ def test_effects_equal_autograd(name: str, fmt: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_prediction_agrees_with_measurement(fmt: str, tmp_path: Path) -> None:
     stream, caches = prepared("llama", fmt)
-    data = batches(16, 8, 32)
+    data = batches(24, 8, 32)
     found = scored(stream, caches, tmp_path, data)
     rows = {row.group: row for row in rows_of(found, (), {}, lambda *_: "", caches)}
     assert set(rows) == set(caches.names)
@@ -222,6 +223,8 @@ def test_targets_that_keep_caches_of_their_own_are_refused(tmp_path: Path) -> No
     tiny.folder(tmp_path / "model")
     arguments: dict[str, Any] = {"out": tmp_path / "out", "effort": tiny.EFFORT, "schemes": ["w8a8-int8"]}
     with pytest.raises(UnsupportedError, match=r"form of its own[\s\S]*--target torch"):
+        optimize(tmp_path / "model", kv_cache="8", target="openvino", **arguments)
+    with pytest.raises(UnsupportedError, match=r"cannot keep a KV cache in kv8-int8[\s\S]*--kv-cache int8-channel"):
         optimize(tmp_path / "model", kv_cache="8", target="onnxruntime", **arguments)
     with pytest.raises(UnsupportedError, match=r"cannot keep a KV cache in kv8-fp8[\s\S]*Hopper and Ada"):
         optimize(tmp_path / "model", kv_cache="fp8", device="a100", **arguments)
@@ -256,12 +259,14 @@ def stored(out: Path, name: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "asked"), [("llama", "8"), ("llama", "fp8"), ("gpt2", "8"), ("gemma3", "8")])
+@pytest.mark.parametrize(
+    ("name", "asked"), [("llama", "8"), ("llama", "fp8"), ("llama", "int8-channel"), ("gpt2", "8"), ("gemma3", "8")]
+)
 def test_a_run_with_the_cache_is_judged_written_and_loaded_with_it(name: str, asked: str, tmp_path: Path) -> None:
     tiny.folder(tmp_path / "model", name)
     out = tmp_path / "out"
     report = run(tmp_path, out, kv_cache=asked)
-    fmt = {"8": "kv8-int8", "fp8": "kv8-fp8"}[asked]
+    fmt = KV_CACHES[asked]
     plan = dict(stored(out, "plan")["groups"])
     rounded = [group for group, scheme in plan.items() if scheme == fmt]
     assert rounded, "bytes of the cache are worth it within 30 %"
@@ -270,7 +275,7 @@ def test_a_run_with_the_cache_is_judged_written_and_loaded_with_it(name: str, as
     assert report.parity.holds
     assert report.cost.cache_bytes_before is not None
     assert report.cost.cache_bytes_after is not None
-    each = {"8": 18, "fp8": 16}[asked]
+    each = {"8": 18, "fp8": 16, "int8-channel": 16}[asked]
     assert report.cost.cache_bytes_after == pytest.approx(report.cost.cache_bytes_before * each / 32)
     before = report.cost.weight_bytes_before + report.cost.cache_bytes_before
     assert report.cost.before == before
@@ -320,7 +325,7 @@ def check_words(path: Path, fmt: str, parts: Any) -> None:
     tensors, _ = load_tensors(path / "model.safetensors")
     scales = {name: float(value) for name, value in tensors.items() if name.endswith(("k_scale", "v_scale"))}
     card = (path / "README.md").read_text()
-    if fmt == "kv8-int8":
+    if fmt != "kv8-fp8":
         assert (said, scales) == (None, {})
         assert "other runtimes keep it in 16 bits" in card
     else:

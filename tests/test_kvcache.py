@@ -39,9 +39,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def part(fmt: str, which: Any = "keys", layer: int = 0, module: str = "") -> RoundedPart:
-    scale = None if CACHE_FORMATS[fmt].largest is None else 0.0625
-    return RoundedPart(module=module, layer=layer, part=which, format=fmt, scale=scale)
+CHANNELS = 3 * 16
+# No power of two, at which values of so small a model lie halfway between codes.
+SCALE = 0.061279296875
+
+
+def part(
+    fmt: str, which: Any = "keys", layer: int = 0, module: str = "", channels: int = CHANNELS, scale: float = 0.0625
+) -> RoundedPart:
+    """A part with calibrated scales, where its format has them, all alike."""
+    found = RoundedPart(module=module, layer=layer, part=which, format=fmt)
+    if CACHE_FORMATS[fmt].largest is None:
+        return found
+    by_channel = CACHE_FORMATS[fmt].by_channel
+    return dataclasses.replace(found, **({"scales": (scale,) * channels} if by_channel else {"scale": scale}))
 
 
 # Formats
@@ -52,14 +63,16 @@ def part(fmt: str, which: Any = "keys", layer: int = 0, module: str = "") -> Rou
 @settings(max_examples=30, deadline=None)
 def test_a_value_is_off_by_half_a_step_at_most(name: str, power: int, seed: int, dtype: torch.dtype) -> None:
     fmt, x = CACHE_FORMATS[name], (normal(2, 3, 5, 16, seed=seed) * 2.0**power).to(dtype)
-    rounded = fake_quantize(
-        x, dataclasses.replace(part(name), scale=None if fmt.largest is None else 2.0 ** (power - 6))
-    )
+    step = 2.0 ** (power - (5 if fmt.by_channel else 6))
+    rounded = fake_quantize(x, part(name, scale=step))
     assert rounded.dtype == dtype
     largest = x.float().abs().amax(-1, keepdim=True)
     # The scale in bfloat16 is off by 2^-9: of the largest code, that is a quarter of a step beyond the half.
     # FP8 has three bits of mantissa, so half a step is 2^-4 of the value; below its normal range it is constant.
     limit = 0.75 * largest / 127 if fmt.largest is None else x.float().abs() * 2.0**-4 + 2.0 ** (power - 6 - 10)
+    if fmt.by_channel:
+        # Beyond the last code values are clipped: 4 times the deviation of `x` at the step chosen here.
+        limit = (x.float().abs() - 127 * step).clamp_min(step / 2)
     if dtype == torch.bfloat16:
         limit = limit + x.float().abs() * 2.0**-8
     assert bool(((rounded.float() - x.float()).abs() <= limit * (1 + 1e-5)).all())
@@ -83,7 +96,7 @@ def test_a_token_is_rounded_by_itself(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_bytes_are_those_of_codes_and_scales(name: str) -> None:
     fmt, x = CACHE_FORMATS[name], normal(1, 3, 7, 16)
-    codes, scales = fmt.encode(x, part(name).scale)
+    codes, scales = fmt.encode(x, part(name).calibrated)
     stored = codes.nbytes + (0 if scales is None else scales.nbytes)
     assert stored == 7 * fmt.bytes_per_token(3, 16)
     assert 8 * codes.element_size() == fmt.bits
@@ -92,15 +105,17 @@ def test_bytes_are_those_of_codes_and_scales(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoding_rounds_once_whatever_it_multiplies_in(name: str, dtype: torch.dtype) -> None:
-    fmt, scale = CACHE_FORMATS[name], 0.01055908203125
-    codes, scales = fmt.encode(normal(2, 3, 50, 16), None if fmt.largest is None else scale)
+    fmt, scale = CACHE_FORMATS[name], part(name, scale=0.01055908203125).calibrated
+    codes, scales = fmt.encode(normal(2, 3, 50, 16), scale)
     given: Any = scale if scales is None else scales
     assert torch.equal(fmt.decode(codes, given, dtype), fmt.decode(codes, given, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_zeros_stay_and_damage_shows(name: str) -> None:
-    assert not fake_quantize(torch.zeros(1, 1, 2, 8), part(name)).any()
+    assert not fake_quantize(torch.zeros(1, 1, 2, 8), part(name, channels=8)).any()
+    if CACHE_FORMATS[name].by_channel:
+        return  # Its codes are whole numbers, and its scales are known: there is nothing to say NaN with.
     broken = torch.ones(1, 1, 2, 8)
     broken[0, 0, 1, 3] = float("nan")
     found = fake_quantize(broken, part(name))
@@ -111,6 +126,8 @@ def test_zeros_stay_and_damage_shows(name: str) -> None:
 def test_a_static_format_needs_its_scale() -> None:
     with pytest.raises(ConfigError, match="calibrated scale"):
         CACHE_FORMATS["kv8-fp8"].encode(torch.ones(1, 1, 1, 4))
+    with pytest.raises(ConfigError, match="a calibrated scale for each of 1 x 4 channels"):
+        CACHE_FORMATS["kv8-channel-int8"].encode(torch.ones(1, 1, 1, 4), (1.0, 1.0))
     with pytest.raises(ConfigError, match="calibrated scales"):
         every_part(tiny.DECODERS["llama"], "kv8-fp8")
 
@@ -160,7 +177,7 @@ class Reference:
 def test_the_layer_is_the_reference_bit_for_bit(
     which: tuple[Any, ...], fmt: str, steps: list[tuple[str, int]], dtype: torch.dtype
 ) -> None:
-    rounded = {p: part(fmt, p) for p in which}
+    rounded = {p: part(fmt, p, channels=2 * 8) for p in which}
     ours, reference = RoundedLayer(rounded), Reference(rounded)
     batch, length = 2, 0
     for number, (kind, size) in enumerate([("update", 3), *steps]):
@@ -209,7 +226,8 @@ def places_of(model: Any) -> dict[int, str]:
 
 
 def parts_of(model: Any, fmt: str = "kv8-int8") -> tuple[RoundedPart, ...]:
-    return tuple(part(fmt, p, layer, module) for layer, module in places_of(model).items() for p in PARTS)
+    found, _ = find_places(model, tiny.batch())
+    return tuple(part(fmt, p.part, p.layer, p.module, p.heads * p.width, SCALE) for p in found)
 
 
 def logits(model: Any, ids: Tensor, **more: Any) -> Any:
@@ -436,7 +454,11 @@ def test_keys_that_are_not_finite_are_named() -> None:
 
 
 def test_kv_cache_json_is_read_back_and_damage_is_an_error(tmp_path: Path) -> None:
-    parts = (part("kv8-int8", "keys", 0, "a"), part("kv8-fp8", "values", 1, "b"))
+    parts = (
+        part("kv8-int8", "keys", 0, "a"),
+        part("kv8-fp8", "values", 1, "b"),
+        part("kv8-channel-int8", "values", 2, "c", 2, scale=0.25),
+    )
     assert read_cache(tmp_path) == ()
     write_cache(tmp_path, ())
     assert not (tmp_path / FILE_NAME).exists()
@@ -449,6 +471,7 @@ def test_kv_cache_json_is_read_back_and_damage_is_an_error(tmp_path: Path) -> No
         (text.replace('"keys"', '"queries"'), "does not know"),
         (text.replace("0.0625", "-1.0"), "the scale -1.0"),
         (text.replace("0.0625", "null"), "the scale None"),
+        (text.replace("0.25", "0.0", 1), r"the scale \(0.0, 0.25\)"),
     ):
         (tmp_path / FILE_NAME).write_text(damaged)
         with pytest.raises(ArtifactError, match=words):
@@ -508,6 +531,8 @@ def test_groups_are_layer_by_layer_or_all_at_once() -> None:
     assert [(g.role, g.block) for g in fine.groups] == [(p, i) for i in range(3) for p in PARTS]
     whole = find_caches(stream, tiny.batch(), "kv8-fp8")
     assert [(g.name, len(g.places)) for g in whole.groups] == [("kv_cache", 6)]
+    assert find_caches(stream, tiny.batch(), "kv8-channel-int8").groups == whole.groups
+    assert {place.queries for place in whole.groups[0].places} == {tiny.DECODERS["llama"].num_attention_heads}
     chosen = fine.parts({"model.layers.1.self_attn.values": "kv8-int8", "model.layers.0.self_attn.keys": "bf16"})
     assert [(p.module, p.part) for p in chosen] == [("model.layers.1.self_attn", "values")]
     assert list(fine.overlay({fine.names[0]: "kv8-int8"})) == ["model.layers.0.self_attn"]
@@ -519,8 +544,13 @@ def test_scales_hold_what_calibration_saw_with_headroom() -> None:
     caches = find_caches(stream, tiny.batch(), "kv8-fp8")
     found = ranges(stream, caches.groups, [tiny.batch(), tiny.batch(seed=1)])
     assert len(found) == 6
-    for module, p, scale in scales_of(found, "kv8-fp8"):
-        assert 448 * scale == pytest.approx(2 * found[module, p], rel=2**-8)
+    for module, p, (scale,) in scales_of(found, "kv8-fp8"):
+        assert 448 * scale == pytest.approx(2 * float(found[module, p].max()), rel=2**-8)
+    by_channel = scales_of(found, "kv8-channel-int8")
+    assert len(by_channel) == 6
+    for module, p, scales in by_channel:
+        expected = (1.25 * found[module, p].flatten()).tolist()
+        assert [127 * scale for scale in scales] == pytest.approx(expected, rel=2**-8)
     assert scales_of(found, "kv8-int8") == ()
 
 

@@ -255,6 +255,39 @@ def test_a_run_of_two_levels_says_what_decode_loses(place: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_run_keeps_its_cache_in_codes(place: Path, tmp_path: Path) -> None:
+    report = run(place, tmp_path / "out", kv_cache="int8-channel")
+    (cache,) = [group for group in report.groups if group.group == "kv_cache"]
+    assert cache.scheme == "kv8-channel-int8", "half of its bytes is worth it within 30 %"
+    inputs = onnx.load(Path(report.artefact) / "model.onnx", load_external_data=False).graph.input
+    assert {i.type.tensor_type.elem_type for i in inputs if "past" in i.name} == {onnx.TensorProto.INT8}
+    assert report.parity.holds
+    # Text is scored in steps that see codes, as the scored model does; what is left are codes that lie halfway.
+    assert report.parity.runtime_kl_nats < report.parity.noise_kl_nats
+    assert report.parity.decode_kl_nats == pytest.approx(report.parity.scored_kl_nats, rel=0.1)
+    assert "before they are rounded" in (Path(report.artefact) / "README.md").read_text()
+
+
+def offered(place: Path, out: Path, model: str = "model", **changed: Any) -> str | None:
+    """The format that a run may keep the cache in, once it has seen the model."""
+    with lowprec.begin(place / model, lowprec.Settings(out=out, **asked(place, **changed)), "30%") as context:
+        caches = lowprec.prepare(context).caches
+        return caches.format if caches.groups else None
+
+
+@pytest.mark.slow
+def test_where_time_counts_the_cache_may_be_kept_in_codes(place: Path, tmp_path: Path) -> None:
+    assert offered(place, tmp_path / "0", objective="time") == "kv8-channel-int8"
+    assert offered(place, tmp_path / "1", objective="time", kv_cache="none") is None
+    assert offered(place, tmp_path / "2") is None
+    # Attention over a window keeps what it has in float32; that is said, and no error unless codes were asked for.
+    tiny.folder(place / "mistral", "mistral")
+    assert offered(place, tmp_path / "3", "mistral", objective="time") is None
+    with pytest.raises(UnsupportedError, match="sliding window"):
+        offered(place, tmp_path / "4", "mistral", objective="time", kv_cache="int8-channel")
+
+
+@pytest.mark.slow
 def test_the_loaded_model_goes_on_from_its_cache(place: Path) -> None:
     model = OnnxModule(place / "out" / "onnxruntime", threads=1, room=4)
     ids = tiny.batch(2, 12)

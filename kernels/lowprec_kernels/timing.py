@@ -32,6 +32,12 @@ class Timing:
     p80_us: float
     runs: int
 
+    def per(self, parts: float) -> "Timing":
+        """That of one of `parts` equal parts."""
+        return Timing(
+            p20_us=self.p20_us / parts, p50_us=self.p50_us / parts, p80_us=self.p80_us / parts, runs=self.runs
+        )
+
 
 def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Size of the processor's largest-level data cache; 32 MiB where the system does not tell."""

@@ -33,6 +33,10 @@ NOTES = {
         "checkpoint of compressed-tensors can say: other runtimes keep it in 16 bits; vLLM's --kv-cache-dtype "
         "int8_per_token_head rounds all layers by a rule of its own, which was not judged"
     ),
+    "kv8-channel-int8": (
+        f"the KV cache was judged in kv8-channel-int8 as {FILE_NAME} says, which onnxruntime's attention reads and "
+        "writes by itself and lowprec.load_artefact serves: other runtimes keep it in 16 bits"
+    ),
     SAID: (
         "the KV cache was judged in FP8 (kv_cache_scheme): vLLM stores it so with these scales, but some of its "
         "attention backends round queries as well, which was not scored; transformers 5.24 with compressed-tensors "
@@ -65,13 +69,19 @@ def read_cache(folder: Path) -> tuple[RoundedPart, ...]:
             raise ArtifactError(
                 file, f"has {part.part} in {part.format}, which this version does not know; update lowprec"
             )
-        static = CACHE_FORMATS[part.format].largest is not None
-        sound = part.scale is not None and 0.0 < part.scale < float("inf") if static else part.scale is None
-        if not sound:
+        if not _sound(part):
             raise ArtifactError(
-                file, f"has the scale {part.scale} for {part.part} in {part.format}; copy the artefact again"
+                file, f"has the scale {part.calibrated} for {part.part} in {part.format}; copy the artefact again"
             )
     return found
+
+
+def _sound(part: RoundedPart) -> bool:
+    fmt = CACHE_FORMATS[part.format]
+    if fmt.largest is None:
+        return part.calibrated is None
+    given = part.scales if fmt.by_channel else () if part.scale is None else (part.scale,)
+    return bool(given) and all(0.0 < scale < float("inf") for scale in given)
 
 
 def cache_notes(parts: Sequence[RoundedPart]) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from lowprec.registry import Registry
 
 SCALE_DTYPE = torch.bfloat16
+CacheScale = float | tuple[float, ...]
+"""A calibrated scale: one number, or one for each channel of each head, H x D of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,13 +151,18 @@ class CacheFormat(Protocol):
 
     @property
     def largest(self) -> float | None:
-        """Largest code, where calibration sets one scale for a layer's keys and one for its values; None where each
+        """What the largest value that calibration saw becomes in codes, where scales are calibrated; None where each
         token's head has a scale of its own."""
 
-    def encode(self, x: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor | None]:
+    @property
+    def by_channel(self) -> bool:
+        """Whether there is a calibrated scale for each channel of each head, instead of one for a layer's keys and one
+        for its values."""
+
+    def encode(self, x: Tensor, scale: CacheScale | None = None) -> tuple[Tensor, Tensor | None]:
         """x [..., T, D] -> codes [..., T, D] and scales [..., T, 1], None where `scale`, the calibrated one, is it."""
 
-    def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | CacheScale | None, dtype: torch.dtype) -> Tensor:
         """The inverse but for the rounding, in `dtype`: what float32 gives, rounded once."""
 
     def bytes_per_token(self, heads: int, width: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import ConfigError
-from lowprec.formats.base import CACHE_FORMATS, SCALE_DTYPE
+from lowprec.formats.base import CACHE_FORMATS, SCALE_DTYPE, CacheScale
 from lowprec.formats.fp8 import LARGEST, to_grid
 
 HEADROOM = 2.0
@@ -27,18 +27,19 @@ class Fp8Cache:
     name: str = "kv8-fp8"
     bits: int = 8
     largest: float | None = LARGEST / HEADROOM
+    by_channel: bool = False
 
-    def encode(self, x: Tensor, scale: float | None = None) -> tuple[Tensor, None]:
+    def encode(self, x: Tensor, scale: CacheScale | None = None) -> tuple[Tensor, None]:
         """x [..., T, D] -> float8_e4m3fn codes of its shape.
 
         Raises:
             ConfigError: no scale.
         """
-        if scale is None:
+        if not isinstance(scale, float):
             raise ConfigError(f"{self.name} needs a calibrated scale for each layer's keys and values")
         return to_grid(x.to(torch.float32) / scale).to(torch.float8_e4m3fn), None
 
-    def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | CacheScale | None, dtype: torch.dtype) -> Tensor:
         """Codes times the scale."""
         assert isinstance(scales, float)
         # A code has 4 bits and the scale 8, so that their product is exact in float32, which bfloat16 multiplies in.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowprec.formats.base import CACHE_FORMATS, SCALE_DTYPE
+from lowprec.formats.base import CACHE_FORMATS, SCALE_DTYPE, CacheScale
 from lowprec.formats.int8 import QMAX
 from lowprec.formats.integer import token_scale
 
@@ -28,15 +28,16 @@ class Int8Cache:
     name: str = "kv8-int8"
     bits: int = 8
     largest: float | None = None
+    by_channel: bool = False
 
-    def encode(self, x: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, scale: CacheScale | None = None) -> tuple[Tensor, Tensor]:
         """x [..., T, D] -> int8 codes of its shape, bfloat16 scales [..., T, 1]."""
         scales = token_scale(x, QMAX).to(SCALE_DTYPE)
         # In float32: bfloat16 has too few digits to tell the codes above 64 apart before rounding.
         codes = (x.to(torch.float32) / scales.to(torch.float32)).round_().clamp_(-QMAX, QMAX)
         return codes.to(torch.int8), scales
 
-    def decode(self, codes: Tensor, scales: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor | CacheScale | None, dtype: torch.dtype) -> Tensor:
         """Codes times scales."""
         assert isinstance(scales, Tensor)
         # Both are bfloat16 values, whose product has 16 bits at most: it is rounded once, here or there, and half the

@@ -8,6 +8,13 @@ import onnxruntime
 from lowprec.onnx import KEEP
 from lowprec.onnx.sampling import Array
 
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+
+def empty_cache(given: Any, batch: int, tokens: int) -> Array:
+    """Zeros for an input of a session that takes keys or values, [B, heads, tokens, width]."""
+    return np.zeros((batch, given.shape[1], tokens, given.shape[3]), dtype=CACHE_TYPES[given.type])
+
 
 class Run:
     """A batch that a decoder goes on with; its cache is handed from step to step without a copy.
@@ -25,10 +32,7 @@ class Run:
         self._past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
         self._outputs = [o.name for o in session.get_outputs()]
         room = capacity if self._keeps else 0
-        self._cache = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, i.shape[1], room, i.shape[3]), dtype=np.float32))
-            for i in self._past
-        ]
+        self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(empty_cache(i, batch, room)) for i in self._past]
         self._grows = room == 0
         if not self._grows:
             for given, made, value in zip(self._past, self._outputs[1:], self._cache, strict=True):

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -28,17 +29,20 @@ from lowprec.artifacts.compressed_tensors import OWN_FORM, recover, write_folder
 from lowprec.artifacts.folder import write_text
 from lowprec.artifacts.loading import apply_artefact, leave_inputs_, load_artefact, read_back, schemes_of
 from lowprec.artifacts.own_form import form_of, read_manifest
+from lowprec.artifacts.stored_cache import read_cache
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.onnx.canonical import Rewritten, to_canonical
 from lowprec.onnx.checks import LONG, check_file, check_outputs
+from lowprec.onnx.coded_cache import keep_in_codes, refuses
 from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
 from lowprec.onnx.nbits import EXACT as FLOAT_INPUTS
 from lowprec.onnx.notes import FLOAT_WEIGHTS, unrounded, widened
-from lowprec.onnx.runtime_form import exact_twin, levels_of, positions_of, runtime_notes, to_runtime
+from lowprec.onnx.phases import MANY
+from lowprec.onnx.runtime_form import exact_twin, layers_of, levels_of, positions_of, runtime_notes, to_runtime
 from lowprec.onnx.session import ACCURACY, EXACT
-from lowprec.records import Scheme, digest
+from lowprec.records import RoundedPart, Scheme, digest
 from lowprec.runtime.serving_cache import leave_cache_
 from lowprec.version import __version__
 
@@ -47,6 +51,9 @@ PLAN = "plan.json"
 EXPORTS = (MODEL, "openvino_model.xml")
 """Files that tell an export from an artefact."""
 UNROUNDED_CACHE = "the KV cache is not rounded to 8 bits, as it was when scored"
+READ_AT_ONCE = (
+    f"a prompt sees its own keys and values before they are rounded where {MANY} tokens or more are read at a time"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +82,7 @@ class OnnxArtefact:
 class Source:
     """An artefact as it was loaded: in float32, neither inputs nor the KV cache rounded.
 
-    `notes` is what that leaves out beside inputs, for the notes of whatever is written of it.
+    `cache` is how the KV cache was rounded when the artefact was judged.
     """
 
     path: Path
@@ -83,7 +90,12 @@ class Source:
     tokenizer: Any
     schemes: Mapping[str, Scheme]
     origin: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+    cache: tuple[RoundedPart, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out beside the rounding of inputs, for the notes of whatever is written of it."""
+        return (UNROUNDED_CACHE,) if self.cache else ()
 
 
 def write_onnx(
@@ -149,11 +161,18 @@ def load_source(path: Path, module: nn.Module | None, inputs: Mapping[str, Tenso
     else:
         found, tokenizer = load_artefact(path)
     leave_inputs_(found)
-    notes = (UNROUNDED_CACHE,) if leave_cache_(found) else ()
+    leave_cache_(found)
     schemes = schemes_of(path) if manifest is None else {layer.name: layer.scheme for layer in manifest.layers}
     origin = _from_plan(path.parent / PLAN) if manifest is None else (manifest.model, manifest.revision)
     facts.update(zip(("model", "source_revision"), origin, strict=False))
-    return Source(path=path, module=found, tokenizer=tokenizer, schemes=schemes, origin=facts, notes=notes)
+    return Source(
+        path=path,
+        module=found,
+        tokenizer=tokenizer,
+        schemes=schemes,
+        origin=facts,
+        cache=read_cache(path),
+    )
 
 
 def _digest(path: Path) -> dict[str, str]:
@@ -187,6 +206,7 @@ class _Formed:
         rounds: whether it rounds inputs, so that it must be made exact to be compared.
         shared: whether a decoder's old and new cache may be one buffer; None where no form asks for it.
         positions: how many tokens a sequence may have, where the form says.
+        cache: what of the KV cache is to be kept in codes, for which the graph has both forms.
     """
 
     graph: Graph
@@ -195,6 +215,7 @@ class _Formed:
     rounds: bool = False
     shared: bool | None = None
     positions: int | None = None
+    cache: tuple[RoundedPart, ...] = ()
 
 
 def _canonical(graph: Graph, source: Source) -> _Formed:
@@ -205,8 +226,13 @@ def _canonical(graph: Graph, source: Source) -> _Formed:
 
 def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
     levels = levels_of(source.schemes, accuracy)
-    made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module))
+    asked = source.cache if accuracy == "planned" else ()
+    reason = refuses(asked, layers_of(source.module)) if asked else None
+    coded = bool(asked) and reason is None
+    made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module), coded_cache=coded)
+    coded &= made.plain_attention is None
     notes = runtime_notes(source.schemes, levels, made)
+    notes += (READ_AT_ONCE,) if coded else (f"the KV cache is in float32: {reason}",) if reason else ()
     return _Formed(
         graph=made.graph,
         layers=len(made.layers),
@@ -214,6 +240,7 @@ def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
         rounds=any(level != FLOAT_INPUTS for level in levels.values()),
         shared=made.plain_attention is None,
         positions=made.positions,
+        cache=asked if coded else (),
     )
 
 
@@ -232,7 +259,8 @@ def _fill(
 ) -> OnnxArtefact:
     formed = form(graph_of(source.module, inputs), source)
     graph, file = formed.graph, folder / MODEL
-    graph.model.metadata_props.update(metadata_of(source, graph.kind, (*formed.notes, *source.notes)))
+    notes = formed.notes if formed.cache else (*formed.notes, *source.notes)
+    graph.model.metadata_props.update(metadata_of(source, graph.kind, notes))
     if formed.positions is not None:
         graph.model.metadata_props["lowprec.positions"] = str(formed.positions)
     graph.model.producer_name, graph.model.producer_version = "lowprec", __version__
@@ -243,9 +271,12 @@ def _fill(
         model: Any = source.module
         generation = getattr(model, "generation_config", None)
         write_text(folder / GENAI, genai_config(model.config, generation, formed.shared, formed.positions))
-    check_file(file, out)
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
         error = check_outputs(compared, out, graph.kind, source.module, inputs, tokens_of(source))
+    if formed.cache:
+        # Only now: what was compared computes exactly, but for the cache's codes.
+        _code_cache(file, formed.cache)
+    check_file(file, out)
     written = digests.write_digests(folder)
     files = [name for name in (MODEL, DATA) if name in written]
     return OnnxArtefact(
@@ -254,9 +285,15 @@ def _fill(
         layers=formed.layers,
         bytes=sum((folder / name).stat().st_size for name in files),
         largest_error=error,
-        notes=(*formed.notes, *source.notes),
+        notes=notes,
         digest=digest(*(written[name] for name in files)),
     )
+
+
+def _code_cache(file: Path, parts: Sequence[RoundedPart]) -> None:
+    model = onnx.load(file, load_external_data=False)
+    keep_in_codes(model, parts)
+    onnx.save(model, file)
 
 
 def notes_of(schemes: Mapping[str, Scheme], rewritten: Rewritten) -> tuple[str, ...]:

@@ -131,9 +131,7 @@ def time_products(
         runs = {name: bound(session, x, n, copies) for name, session in sessions.items()}
         timed = time_interleaved(runs, seconds_per_candidate=seconds_per_candidate, min_runs=5)
         for name, t in timed.items():
-            found[name, m] = Timing(
-                p20_us=t.p20_us / copies, p50_us=t.p50_us / copies, p80_us=t.p80_us / copies, runs=t.runs
-            )
+            found[name, m] = t.per(copies)
     return found
 
 

@@ -1,6 +1,7 @@
 """A model in onnxruntime behind the calling convention of transformers, so that what runs and times those runs this.
 
 module(input_ids=[B, T])                                          -> logits [B, T, V] (decoders)
+    with a KV cache in codes, as decoding would give them: see `OnnxModule.forward`
 module(input_ids, use_cache=True, past_key_values=None, ...)      -> logits, past_key_values to go on from
 module(input_ids, attention_mask)                                 -> last_hidden_state [B, T, D] (encoders)
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.onnx.binding import Run
+from lowprec.onnx.phases import MANY
 from lowprec.onnx.session import MODEL, open_session, run_session
 
 ROOM = 256
@@ -49,6 +51,7 @@ class OnnxModule(nn.Module):
         self.positions = None if told is None else int(told)
         names = [i.name for i in self.__dict__["_session"].get_inputs()]
         self._decodes = any(name.startswith("past_key_values.") for name in names)
+        self._codes = any(i.type == "tensor(int8)" for i in self.__dict__["_session"].get_inputs())
 
     def forward(
         self,
@@ -60,6 +63,10 @@ class OnnxModule(nn.Module):
     ) -> SimpleNamespace:
         """Runs the model.
 
+        A text that is read at once sees its own keys and values as they are, also where the cache keeps them in codes.
+        So a call that is not to be gone on with, which asks what the model makes of a text, goes through it in steps
+        that few rows make, and every token sees what generation would see.
+
         Args:
             input_ids: [B, T].
             attention_mask: [B, P + T], 0 for padding; None: there is none.
@@ -70,6 +77,8 @@ class OnnxModule(nn.Module):
         Raises:
             ConfigError: more tokens than the cache has room for, or the model positions.
         """
+        if self._codes and not use_cache and past_key_values is None and attention_mask is None:
+            return self._in_steps(input_ids, logits_to_keep)
         batch, width = input_ids.shape
         cache = past_key_values
         if cache is None:
@@ -87,6 +96,17 @@ class OnnxModule(nn.Module):
         logits = torch.from_numpy(cache.run.step(_int64(input_ids), _int64(mask), keep=logits_to_keep))
         cache.tokens = total
         return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=cache if use_cache else None)
+
+    def _in_steps(self, ids: Tensor, keep: int) -> SimpleNamespace:
+        """Row by row, as many tokens at a time as decode's form takes."""
+        made = []
+        for row in torch.split(ids, 1):
+            cache, logits = Cache(Run(self.__dict__["_session"], 1, ids.shape[1]), ids.shape[1]), []
+            for part in torch.split(row, MANY - 1, dim=1):
+                found = self.forward(part, past_key_values=cache, use_cache=True)
+                logits.append(found.logits)
+            made.append(torch.cat(logits, 1))
+        return SimpleNamespace(logits=torch.cat(made)[:, -keep:], past_key_values=None)
 
     def _encoded(self, ids: Tensor, mask: Tensor) -> SimpleNamespace:
         session = self.__dict__["_session"]

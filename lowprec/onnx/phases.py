@@ -46,13 +46,14 @@ def matmul_in_phases(graph: ir.Graph, x: ir.Value, layer: str, weight: Quantized
     return nodes
 
 
-def in_phases(graph: Graph) -> Graph:
+def in_phases(graph: Graph, always: bool = False) -> Graph:
     """A decoder's graph with a form for few rows beside its own; one that needs none as it is.
 
     Args:
         graph: not to be used afterwards.
+        always: whether it needs one though none of its products does.
     """
-    if not any(FEW in node.meta for node in graph.model.graph):
+    if not always and not any(FEW in node.meta for node in graph.model.graph):
         return graph
     few = graph.model.clone()
     for node in [node for node in few.graph if FEW in node.meta]:

@@ -6,6 +6,7 @@
     attention        `attention`: GroupQueryAttention with angles and cache inside, padding taken out by `padding`
     SiLU             `activations`: QuickGelu
     w4a8-two-level   `phases`: of decoders, another form of the whole graph for few rows
+    KV cache         `coded_cache`: INT8 by channel
 
 At decoding a small model spends as much time between nodes as in them. What cannot be rewritten stays in its plain
 form, with the reason; a planned layer must be rewritten.
@@ -60,7 +61,11 @@ class RuntimeForm:
 
 
 def to_runtime(
-    graph: Graph, solved: Mapping[str, QuantizedWeight], levels: Mapping[str, Level], positions: int | None
+    graph: Graph,
+    solved: Mapping[str, QuantizedWeight],
+    levels: Mapping[str, Level],
+    positions: int | None,
+    coded_cache: bool = False,
 ) -> RuntimeForm:
     """Makes a traced graph onnxruntime's.
 
@@ -69,6 +74,7 @@ def to_runtime(
         solved: layer -> its weight in codes; empty for a graph in float32.
         levels: layer -> how inputs are rounded.
         positions: how many tokens a decoder has places for; None: no decoder.
+        coded_cache: whether its KV cache is to be in codes, for which fused attention needs both forms.
 
     Raises:
         UnsupportedError: planned layers that are not where they should be.
@@ -86,7 +92,7 @@ def to_runtime(
     fuse_silu(made.model)
     RemoveUnusedNodesPass()(made.model)
     if made.kind == "decoder":
-        made = in_phases(made)
+        made = in_phases(made, always=coded_cache and plain is None)
     layers = tuple(layer for layer, place in places.items() if place.products and layer not in dense)
     most = positions if plain or positions is None else min(positions, LONGEST)
     return RuntimeForm(graph=made, layers=layers, dense=dense, tables=tables, plain_attention=plain, positions=most)
@@ -116,6 +122,13 @@ def positions_of(module: nn.Module) -> int | None:
     """How many tokens a transformers model has places for, None where it does not say."""
     config: Any = getattr(module, "config", None)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def layers_of(module: nn.Module) -> int | None:
+    """How many layers a transformers model has, None where it does not say."""
+    config: Any = getattr(module, "config", None)
+    found = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
     return None if found is None else int(found)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.onnx import RUNTIME_NEEDED
-from lowprec.onnx.binding import Run
+from lowprec.onnx.binding import Run, empty_cache
 from lowprec.onnx.sampling import Array, Sampler
 
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
@@ -77,7 +77,7 @@ class OnnxDecoder:
 
     def empty(self, batch: int) -> Cache:
         """The cache before the first token."""
-        return [torch.zeros(batch, i.shape[1], 0, i.shape[3]) for i in self._past]
+        return [torch.from_numpy(empty_cache(i, batch, 0)) for i in self._past]
 
     def step(self, ids: Tensor, mask: Tensor, past: Cache) -> tuple[Tensor, Cache]:
         """Goes on from a cache.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowprec.artifacts import probe
 from lowprec.errors import ArtifactError, ConfigError
+from lowprec.onnx.binding import empty_cache
 from lowprec.onnx.fixed import Sizes
 from lowprec.onnx.graph import Kind
 from lowprec.onnx.matching import Array
@@ -156,8 +157,7 @@ def _decoder_calls(session: Session, window: Array, sizes: Sizes | None) -> Iter
     caches = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
     past = sizes.past if sizes else 0
     step = sizes.sequence if sizes else len(window)
-    dtype = np.float16 if "float16" in caches[0].type else np.float32
-    cache = [np.zeros((1, i.shape[1], past, i.shape[3]), dtype) for i in caches]
+    cache = [empty_cache(i, 1, past) for i in caches]
     for start in range(0, tokens_seen(len(window), sizes), step):
         mask = np.zeros((1, past + step), np.int64)
         mask[0, past - min(start, past) :] = 1

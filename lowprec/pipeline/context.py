@@ -7,7 +7,7 @@ from lowprec.artifacts.own_form import is_whole
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.records import Budget
 from lowprec.report.progress import RunProgress
-from lowprec.settings import Settings, parse_budget
+from lowprec.settings import KV_CACHES, Settings, parse_budget
 from lowprec.steps.load import Model
 from lowprec.steps.metrics import Metric, metric_of, text_growth
 from lowprec.targets import CacheTarget, RuntimeTarget, Target, target_for
@@ -28,6 +28,13 @@ class Context:
     def runtime(self) -> RuntimeTarget | None:
         """The target, where its runtime loads files of its own."""
         return self.target if isinstance(self.target, RuntimeTarget) else None
+
+    @property
+    def cache_format(self) -> str | None:
+        """What the KV cache may be kept in: as is asked for, or what the target offers where time is what counts."""
+        settings, target = self.settings, self.target
+        timed = self.model.kind == "decoder" and settings.objective != "bytes"
+        return settings.cache_format(target.cache if isinstance(target, CacheTarget) and timed else None)
 
     def with_budget(self, budget: Budget | str | float) -> "Context":
         """The same run with another limit, "2%", 0.02 or a `Budget`.
@@ -75,7 +82,7 @@ def context_of(model: Model, settings: Settings, folder: RunFolder, progress: Ru
                 "lowprec.export_onnx",
             ),
         )
-    if (fmt := settings.cache_format) is not None:
+    if (fmt := made.cache_format) is not None:
         _require_cache(made.target, fmt)
     return made
 
@@ -84,7 +91,8 @@ def _require_cache(target: Target, fmt: str) -> None:
     if not isinstance(target, CacheTarget):
         raise UnsupportedError(
             f"target {target.name} keeps its KV cache in a form of its own",
-            ("leave --kv-cache out, or plan for --target torch or a device to be modelled",),
+            ("leave --kv-cache out, or plan for --target torch, onnxruntime or a device to be modelled",),
         )
     if (reason := target.keeps(fmt)) is not None:
-        raise UnsupportedError(f"{target.name} cannot keep a KV cache in {fmt}", (reason, "give --kv-cache 8"))
+        other = "leave --kv-cache out" if target.keeps(KV_CACHES["8"]) else "give --kv-cache 8"
+        raise UnsupportedError(f"{target.name} cannot keep a KV cache in {fmt}", (reason, other))

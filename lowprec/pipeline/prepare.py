@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowprec.artifacts.own_form import is_whole
-from lowprec.errors import ConfigError, DataError
+from lowprec.errors import ConfigError, DataError, UnsupportedError
 from lowprec.formats import CACHE_FORMATS, scheme_named, schemes_named
 from lowprec.pipeline.context import Context
 from lowprec.records import Group, Scheme, digest
@@ -213,9 +213,15 @@ def _smoothed(
 
 def _caches(context: Context, stream: Stream, splits: Splits) -> Caches:
     """The groups of the KV cache, if it may be rounded."""
-    if (fmt := context.settings.cache_format) is None:
+    if (fmt := context.cache_format) is None:
         return NO_CACHES
-    found = find_caches(stream, example(splits).ids, fmt)
+    try:
+        found = find_caches(stream, example(splits).ids, fmt)
+    except UnsupportedError as error:
+        if context.settings.kv_cache is not None:
+            raise
+        context.progress.note(f"the KV cache stays as it is: {error.reasons[0]}")
+        return NO_CACHES
     if found.left:
         more = f" (and {len(found.left) - 1} more)" if len(found.left) > 1 else ""
         context.progress.note(f"part of the KV cache stays as it is: {found.left[0]}{more}")

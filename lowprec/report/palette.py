@@ -49,6 +49,7 @@ _FILLS = {
     "w4a8-fp8-g32": ("#f4efa0", DARK_INK, "4"),
     "kv8-int8": ("#9ad4f5", DARK_INK, "K8"),
     "kv8-fp8": ("#7fd8bd", DARK_INK, "KF"),
+    "kv8-channel-int8": ("#6fbce8", DARK_INK, "KC"),
     "w3a16": ("#6a4fb3", LIGHT_INK, "3"),
     "w3a16-g128": ("#3f2a85", LIGHT_INK, "3"),
     "w3a16-g64": ("#6a4fb3", LIGHT_INK, "3"),

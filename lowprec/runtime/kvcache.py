@@ -44,8 +44,8 @@ def by_layer(parts: Iterable[RoundedPart]) -> Layers:
 def fake_quantize(x: Tensor, part: RoundedPart) -> Tensor:
     """x [B, H, T, D] -> what a cache would hand out of it, same shape and dtype."""
     fmt = CACHE_FORMATS[part.format]
-    codes, scales = fmt.encode(x, part.scale)
-    return fmt.decode(codes, part.scale if scales is None else scales, x.dtype)
+    codes, scales = fmt.encode(x, part.calibrated)
+    return fmt.decode(codes, part.calibrated if scales is None else scales, x.dtype)
 
 
 class _Tokens:
@@ -112,14 +112,14 @@ class RoundedLayer(cache_utils.DynamicLayer):  # type: ignore[misc]
     def _encoded(self, part: CachePart, x: Tensor) -> list[Tensor]:
         if (found := self.rounded.get(part)) is None:
             return [x]
-        codes, scales = CACHE_FORMATS[found.format].encode(x, found.scale)
+        codes, scales = CACHE_FORMATS[found.format].encode(x, found.calibrated)
         return [codes] if scales is None else [codes, scales]
 
     def _decoded(self, part: CachePart) -> Tensor:
         held = self._tokens[part].read()
         if (found := self.rounded.get(part)) is None:
             return held[0]
-        scales = held[1] if len(held) > 1 else found.scale
+        scales = held[1] if len(held) > 1 else found.calibrated
         return CACHE_FORMATS[found.format].decode(held[0], scales, self._dtypes[part])
 
     @property

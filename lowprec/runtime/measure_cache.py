@@ -6,6 +6,7 @@ numbers of the same dtype whatever they were kept in.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import cache_utils
@@ -43,7 +44,7 @@ def measure_cache(
     copies = copies_for(float(2 * len(formats) * (held + added) * batch * heads * width), limit_bytes=LIMIT_BYTES)
 
     def candidate(fmt: str | None) -> Callable[[int], object]:
-        layers = [_layer(fmt) for _ in range(copies)]
+        layers = [_layer(fmt, heads * width) for _ in range(copies)]
         for layer in layers:
             layer.update(old, old)
 
@@ -59,15 +60,15 @@ def measure_cache(
         seconds_per_candidate=seconds_per_candidate,
         synchronize=torch.cuda.synchronize if device == "cuda" else None,
     )
-    return {fmt: _half(found[fmt or ""]) for fmt in formats}
+    return {fmt: found[fmt or ""].per(2) for fmt in formats}
 
 
-def _layer(fmt: str | None) -> cache_utils.DynamicLayer:
+def _layer(fmt: str | None, channels: int) -> cache_utils.DynamicLayer:
     if fmt is None:
         return cache_utils.DynamicLayer()
-    scale = None if CACHE_FORMATS[fmt].largest is None else 1.0
-    return RoundedLayer({p: RoundedPart(module="", layer=0, part=p, format=fmt, scale=scale) for p in PARTS})
-
-
-def _half(timing: Timing) -> Timing:
-    return Timing(p20_us=timing.p20_us / 2, p50_us=timing.p50_us / 2, p80_us=timing.p80_us / 2, runs=timing.runs)
+    cache = CACHE_FORMATS[fmt]
+    scale = None if cache.largest is None or cache.by_channel else 1.0
+    part = RoundedPart(
+        module="", layer=0, part="keys", format=fmt, scale=scale, scales=(1.0,) * channels if cache.by_channel else ()
+    )
+    return RoundedLayer({name: replace(part, part=name) for name in PARTS})

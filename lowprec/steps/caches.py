@@ -36,12 +36,13 @@ Place = tuple[str, CachePart]
 class Caches:
     """The groups of a model's cache, the format that each of them may have, and the scales of a static one.
 
-    `scales` has (module, part, scale); `left` says why layers are in no group.
+    `scales` has (module, part, scales), a single one where the format has one for all channels; `left` says why layers
+    are in no group.
     """
 
     groups: tuple[CacheGroup, ...] = ()
     format: str = ""
-    scales: tuple[tuple[str, CachePart, float], ...] = ()
+    scales: tuple[tuple[str, CachePart, tuple[float, ...]], ...] = ()
     left: tuple[str, ...] = ()
 
     @property
@@ -68,8 +69,10 @@ class Caches:
         return None
 
     def _rounded(self, place: CachePlace) -> RoundedPart:
-        scale = next((s for module, part, s in self.scales if (module, part) == (place.module, place.part)), None)
-        return RoundedPart(module=place.module, layer=place.layer, part=place.part, format=self.format, scale=scale)
+        found = next((s for module, part, s in self.scales if (module, part) == (place.module, place.part)), ())
+        rounded = RoundedPart(module=place.module, layer=place.layer, part=place.part, format=self.format)
+        by_channel = CACHE_FORMATS[self.format].by_channel
+        return replace(rounded, **({"scales": found} if by_channel else {"scale": found[0]})) if found else rounded
 
     def parts(self, schemes: Mapping[str, str]) -> tuple[RoundedPart, ...]:
         """What is rounded where `schemes` (group -> scheme) hold, by layer, keys before values."""
@@ -121,8 +124,10 @@ def find_places(module: nn.Module, ids: Tensor) -> tuple[tuple[CachePlace, ...],
             )
             continue
         name, *states = calls[0]
+        queries = int(getattr(module.config.get_text_config(), "num_attention_heads", 0))
         for part, x in zip(PARTS, states, strict=True):
-            places.append(CachePlace(module=name, layer=layer, part=part, heads=x.shape[1], width=x.shape[3]))
+            place = CachePlace(module=name, layer=layer, part=part, heads=x.shape[1], width=x.shape[3], queries=queries)
+            places.append(place)
     if not places:
         raise _unsupported(reasons)
     return tuple(places), reasons
@@ -186,13 +191,13 @@ def find_caches(stream: Stream, ids: Tensor, fmt: str) -> Caches:
     return Caches(groups=groups, format=fmt, left=left)
 
 
-def ranges(stream: Stream, groups: Sequence[CacheGroup], batches: Sequence[Any]) -> dict[Place, float]:
-    """(module, part) -> absolute maximum over the text.
+def ranges(stream: Stream, groups: Sequence[CacheGroup], batches: Sequence[Any]) -> dict[Place, Tensor]:
+    """(module, part) -> absolute maxima over the text, [heads, width].
 
     Raises:
         ModelError: keys or values that are not finite.
     """
-    found: dict[Place, float] = {}
+    found: dict[Place, Tensor] = {}
 
     class Noting:
         def __init__(self, module: str) -> None:
@@ -200,10 +205,10 @@ def ranges(stream: Stream, groups: Sequence[CacheGroup], batches: Sequence[Any])
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             for part, x in zip(PARTS, (key_states, value_states), strict=True):
-                largest = float(x.abs().max())
-                if not largest < float("inf"):
+                largest = x.detach().abs().amax(dim=(0, 2)).float().cpu()
+                if not bool(largest.isfinite().all()):
                     raise ModelError(f"the {part} of {self.module} hold NaN or infinite values")
-                found[self.module, part] = max(found.get((self.module, part), 0.0), largest)
+                found[self.module, part] = largest.maximum(found.get((self.module, part), largest))
             return key_states, value_states
 
     def noting(name: str) -> Callable[[Any], Noting]:
@@ -219,16 +224,17 @@ def ranges(stream: Stream, groups: Sequence[CacheGroup], batches: Sequence[Any])
     return found
 
 
-def scales_of(found: Mapping[Place, float], fmt: str) -> tuple[tuple[str, CachePart, float], ...]:
-    """(module, part, scale) of a static format, bfloat16 values as checkpoints store them."""
-    largest = CACHE_FORMATS[fmt].largest
-    if largest is None:
+def scales_of(found: Mapping[Place, Tensor], fmt: str) -> tuple[tuple[str, CachePart, tuple[float, ...]], ...]:
+    """(module, part, scales) of a static format, bfloat16 values as checkpoints store them."""
+    cache, smallest = CACHE_FORMATS[fmt], torch.finfo(torch.bfloat16).tiny
+    if (largest := cache.largest) is None:
         return ()
-    smallest = torch.finfo(torch.bfloat16).tiny
-    return tuple(
-        (module, part, float(as_bfloat16(torch.tensor(max(value, smallest) / largest)).clamp_min(smallest)))
-        for (module, part), value in found.items()
-    )
+
+    def of(maxima: Tensor) -> tuple[float, ...]:
+        wanted = maxima.flatten() if cache.by_channel else maxima.max()[None]
+        return tuple(as_bfloat16(wanted.clamp_min(smallest) / largest).clamp_min(smallest).tolist())
+
+    return tuple((module, part, of(maxima)) for (module, part), maxima in found.items())
 
 
 def cache_bytes(places: Sequence[CachePlace], fmt: str | None, workload: Workload, own_bytes: int) -> float:

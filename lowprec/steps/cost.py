@@ -145,13 +145,13 @@ def _held(workload: Workload) -> tuple[Held, Held]:
 
 def time_caches(caches: Caches, workload: Workload, target: CacheTarget) -> list[CostSample]:
     """Times what storing and handing out takes, in prefill and in decode, for every distinct size of a layer's part."""
-    sizes = dict.fromkeys((place.heads, place.width) for group in caches.groups for place in group.places)
+    sizes = {(p.heads, p.width, p.queries): p for group in caches.groups for p in group.places}
     formats = (None, caches.format)
     return [
         sample
-        for heads, width in sizes
+        for place in sizes.values()
         for added, held in _held(workload)
-        for sample in target.time_cache(heads, width, formats, workload.batch, added, held)
+        for sample in target.time_cache(place, formats, workload.batch, added, held)
     ]
 
 

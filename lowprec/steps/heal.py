@@ -60,16 +60,22 @@ DECAY_MEAN, DECAY_SQUARE, TINY = 0.9, 0.95, 1e-12
 
 
 class _Gains:
-    """Logarithms of gains, one for each row or each group of columns, and Adam's moments of them."""
+    """Logarithms of gains, [N, 1] of rows or [1, groups] of groups of columns, with gradient and Adam's moments."""
 
     def __init__(self, rows: int, groups: int) -> None:
         self.log = torch.zeros(rows, groups)
+        self._gradient = torch.zeros_like(self.log)
         self._mean, self._square = torch.zeros_like(self.log), torch.zeros_like(self.log)
 
-    def step(self, gradient: Tensor, number: int, rate: float) -> None:
-        """Adam's step `number`, counted from 1, by the gradient [rows, groups]."""
-        self._mean.lerp_(gradient, 1.0 - DECAY_MEAN)
-        self._square.lerp_(gradient.square(), 1.0 - DECAY_SQUARE)
+    def add(self, gradient: Tensor) -> None:
+        """Takes the gradient of the logarithms of all scales, [N, groups]."""
+        self._gradient += gradient.sum_to_size(self.log.shape)
+
+    def step(self, number: int, rate: float) -> None:
+        """Adam's step `number`, counted from 1, by what was added since the last."""
+        self._mean.lerp_(self._gradient, 1.0 - DECAY_MEAN)
+        self._square.lerp_(self._gradient.square(), 1.0 - DECAY_SQUARE)
+        self._gradient.zero_()
         mean, square = self._mean / (1.0 - DECAY_MEAN**number), self._square / (1.0 - DECAY_SQUARE**number)
         self.log -= rate * mean / (square.sqrt() + TINY)
 
@@ -81,7 +87,6 @@ class _Scales:
         n, groups = weight.scale.shape
         self._start, self._format = weight, WEIGHT_FORMATS[weight.format]
         self._rows, self._columns = _Gains(n, 1), _Gains(1, groups)
-        self._gradient = torch.zeros_like(weight.scale)
 
     @property
     def _gain(self) -> Tensor:
@@ -101,13 +106,14 @@ class _Scales:
         n, groups = self._start.scale.shape
         grid = self._start.with_scale(torch.ones_like(self._start.scale))
         products = (grid.view(n, groups, -1) * gradient.cpu().float().view(n, groups, -1)).sum(-1)
-        self._gradient += products * self._start.scale * self._gain
+        gradient_of_log = products * self._start.scale * self._gain
+        for gains in (self._rows, self._columns):
+            gains.add(gradient_of_log)
 
     def step(self, number: int, rate: float) -> None:
         """Adam's step `number`, counted from 1."""
-        gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
-        self._rows.step(gradient.sum(1, keepdim=True), number, rate)
-        self._columns.step(gradient.sum(0, keepdim=True), number, rate)
+        for gains in (self._rows, self._columns):
+            gains.step(number, rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,15 +225,17 @@ class Healing:
         total = 0.0
         layers = [name for name in scales if stream.whole or stream.block_of(name) is None]
         for batch, reference, given in zip(batches, known, hidden, strict=True):
-            with torch.no_grad(), opened({}):
-                expected = stream.leave(reference, batch)
             leaf = given.detach().to(stream.device).requires_grad_() if isinstance(given, Tensor) else given
-            with opened(overlay), self._weights(scales, layers):
-                for rows, window in [(slice(None), batch)] if stream.whole else windows_of(batch):
+            for rows, window in [(slice(None), batch)] if stream.whole else windows_of(batch):
+                # Opened for each window: logits of more than one are never held.
+                with torch.no_grad(), opened({}):
+                    expected = stream.leave(reference if stream.whole else reference[rows], window)
+                with opened(overlay), self._weights(scales, layers):
                     output = stream.run(0, batch, NO_CALL) if stream.whole else stream.leave(leaf[rows], window)
-                    divergence = self.outcome.divergence(expected[rows], output, window) / events
+                    divergence = self.outcome.divergence(expected, output, window) / events
                     torch.autograd.backward(divergence)
                     total += float(divergence.detach())
+                del expected, output, divergence
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 gradients.append(leaf.grad)
         return gradients, total

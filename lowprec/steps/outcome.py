@@ -9,7 +9,7 @@ square averages to the Fisher information, the second derivative of KL(reference
   embeddings is exactly their cosine loss 1 - cos.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,11 @@ def _positions(batch: Any) -> Tensor | None:
     return None
 
 
+def _at(output: Tensor, where: Tensor | None) -> Tensor:
+    """[B, T, V] -> [R, V] at the positions that count; no copy where all do."""
+    return output.flatten(0, 1) if where is None or bool(where.all()) else output[where.to(output.device)]
+
+
 class Tokens:
     """Logits [B, T, V] over the next token."""
 
@@ -59,35 +64,47 @@ class Tokens:
 
     def sampled_log_likelihood(self, output: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
         """Sum over real positions of log p(y), y ~ p."""
-        where = self.positions(batch)
-        flat = output.flatten(0, 1) if where is None else output[where.to(output.device)]
+        flat = _at(output, self.positions(batch))
         with torch.no_grad():
             labels = _sample(flat, generator)
-        return -torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+        def score(rows: slice, found: Tensor) -> tuple[Tensor, Tensor]:
+            label = labels[rows, None]
+            likelihood = found.gather(1, label)
+            return likelihood.sum(), found.exp_().neg_().scatter_add_(1, label, torch.ones_like(likelihood))
+
+        return _summed(flat, score)
 
     def divergence(self, reference: Tensor, output: Tensor, batch: Any) -> Tensor:
         """Sum over real positions of KL over the vocabulary."""
-        where = self.positions(batch)
-        expected, found = (x.flatten(0, 1) if where is None else x[where.to(x.device)] for x in (reference, output))
-        divergence: Tensor = _Kl.apply(found, expected)  # type: ignore[no-untyped-call]
-        return divergence
+        expected, logits = (_at(x, self.positions(batch)) for x in (reference, output))
+
+        def score(rows: slice, found: Tensor) -> tuple[Tensor, Tensor]:
+            wanted = expected[rows].log_softmax(-1, dtype=found.dtype)
+            likely = wanted.exp()
+            return (likely * (wanted - found)).sum(), found.exp_().sub_(likely)
+
+        return _summed(logits, score)
 
 
-class _Kl(torch.autograd.Function):
-    """Sum over rows of KL(reference || output) of logits [R, V], a few rows at a time.
+Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Rows and their log-probabilities [R, V] -> a scalar, and its gradient by the rows' logits."""
 
-    Its gradient, softmax(output) - softmax(reference), is known at once: no float32 copy of the logits is ever held.
+
+class _Summed(torch.autograd.Function):
+    """Sum of a score over logits [R, V], a few rows at a time, whose gradient is known at once.
+
+    So no copy of the logits is held but that gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, reference: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(output), torch.zeros((), device=output.device)
-        for start in range(0, len(output), ROWS_AT_ONCE):
+    def forward(ctx: Any, logits: Tensor, score: Score) -> Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for start in range(0, len(logits), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            found, expected = (x[rows].float().log_softmax(-1) for x in (output, reference))
-            likely = expected.exp()
-            total += (likely * (expected - found)).sum()
-            gradient[rows] = found.exp_().sub_(likely)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            value, gradient[rows] = score(rows, logits[rows].log_softmax(-1, dtype=wide))
+            total += value
         ctx.save_for_backward(gradient)
         return total
 
@@ -95,6 +112,11 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0].to(gradient), None
+
+
+def _summed(logits: Tensor, score: Score) -> Tensor:
+    total: Tensor = _Summed.apply(logits, score)  # type: ignore[no-untyped-call]
+    return total
 
 
 class Vector:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import UnsupportedError
 from lowprec.formats import CACHE_FORMATS, WEIGHT_FORMATS, QuantizedWeight, resolve
-from lowprec.records import ArtefactForm, CostSample, Deployed, Origin, Scheme
+from lowprec.records import ArtefactForm, CachePlace, CostSample, Deployed, Origin, Scheme
 from lowprec.registry import Registry
 from lowprec_kernels.timing import Timing
 
@@ -110,14 +110,19 @@ class RuntimeTarget(Target, Protocol):
 class CacheTarget(Target, Protocol):
     """A target whose KV cache may be kept in codes."""
 
+    @property
+    def cache(self) -> str | None:
+        """The cache format that it offers where nothing is asked for, None for none."""
+
     def keeps(self, fmt: str) -> str | None:
         """None if it can keep keys and values in the cache format `fmt`, else the reason."""
 
     def time_cache(
-        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+        self, place: CachePlace, formats: Sequence[str | None], batch: int, added: int, held: int
     ) -> list[CostSample]:
         """What it takes to store the keys (or the values) of `added` tokens in one layer that holds `held` before, and
-        to hand out those of all: one sample for each format, None being the model's own 16 bits, which is called bf16.
+        to hand out those of all: one sample for each format, None being what the model is kept in without one, which
+        is called bf16. Where attention reads codes, half of what it takes is in it.
 
         The samples have m = batch x added, n = held + added, k = heads x width; `bytes` are those of all tokens.
         """
@@ -144,21 +149,20 @@ def token_bytes(fmt: str | None, heads: int, width: int) -> float:
 
 
 def cache_sample(
-    fmt: str | None, heads: int, width: int, batch: int, added: int, held: int, kernel: str, timing: Timing,
-    origin: Origin,
-) -> CostSample:  # fmt: skip
+    fmt: str | None, place: CachePlace, batch: int, added: int, held: int, kernel: str, timing: Timing, origin: Origin
+) -> CostSample:
     """A sample as `CacheTarget.time_cache` gives it."""
     return CostSample(
         op="cache",
         m=batch * added,
         n=held + added,
-        k=heads * width,
+        k=place.heads * place.width,
         scheme=fmt or "bf16",
         kernel=kernel,
         p20_us=timing.p20_us,
         p50_us=timing.p50_us,
         p80_us=timing.p80_us,
-        bytes=round(batch * (held + added) * token_bytes(fmt, heads, width)),
+        bytes=round(batch * (held + added) * token_bytes(fmt, place.heads, place.width)),
         origin=origin,
     )
 

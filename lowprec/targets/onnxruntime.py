@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lowprec.formats import QuantizedWeight, resolve
 from lowprec.onnx import RUNTIME_NEEDED, export_onnx, require_extra
-from lowprec.records import ArtefactForm, Deployed, Scheme
-from lowprec.targets.base import TARGETS, unfit, weight_bytes
+from lowprec.records import ArtefactForm, CachePlace, CostSample, Deployed, Scheme
+from lowprec.targets.base import TARGETS, cache_sample, unfit, weight_bytes
 from lowprec.targets.measured import MeasuredTarget
 from lowprec_kernels.timing import Timing
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowprec.onnx.folder import OnnxArtefact
 
 FLOAT = "MatMul"
+ATTENTION = "GroupQueryAttention"
 
 
 class OnnxRuntimeTarget(MeasuredTarget):
@@ -78,6 +79,36 @@ class OnnxRuntimeTarget(MeasuredTarget):
             kernels[scheme.name, m], candidates[f"{scheme.name} {kernel}"] = kernel, made
         timed = time_products(candidates, n, k, ms, torch.get_num_threads(), self.seconds_per_sample)
         return {(name, m): (kernel, timed[f"{name} {kernel}", m]) for (name, m), kernel in kernels.items()}
+
+    @property
+    def cache(self) -> str:
+        """INT8 by channel, which its attention computes with."""
+        from lowprec.onnx.coded_cache import FORMAT
+
+        return FORMAT
+
+    def keeps(self, fmt: str) -> str | None:
+        """None for that format."""
+        return (
+            None
+            if fmt == self.cache
+            else f"its attention computes with {self.cache}, which --kv-cache int8-channel asks for"
+        )
+
+    def time_cache(
+        self, place: CachePlace, formats: Sequence[str | None], batch: int, added: int, held: int
+    ) -> list[CostSample]:
+        """See `lowprec.targets.base.CacheTarget.time_cache`; half of what attention takes is that of keys or values."""
+        from lowprec.onnx.cache_times import time_attention
+
+        coded = [fmt is not None for fmt in formats]
+        found = time_attention(
+            place, coded, batch, added, held, torch.get_num_threads(), self.seconds_per_sample * len(formats)
+        )
+        return [
+            cache_sample(fmt, place, batch, added, held, ATTENTION, found[fmt is not None].per(2), "measured")
+            for fmt in formats
+        ]
 
     def multiplied(self, scheme: Scheme, weight: QuantizedWeight, x: Tensor) -> Tensor:
         """See `MeasuredTarget.multiplied`."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from lowprec.errors import ConfigError
 from lowprec.formats import per_block, resolve
-from lowprec.records import CostSample, Origin, Scheme
+from lowprec.records import CachePlace, CostSample, Origin, Scheme
 from lowprec.registry import closest
 from lowprec.targets.base import BF16_BYTES, Progress, cache_sample, token_bytes, unfit, weight_bytes
 from lowprec_kernels.timing import Timing
@@ -194,16 +194,21 @@ class RooflineTarget:
         precision = fmt.rpartition("-")[2]
         return None if precision in self._device.rates else self._device.missing[precision]
 
+    @property
+    def cache(self) -> None:
+        """It is asked for: see `lowprec.settings.Settings`."""
+        return
+
     def time_cache(
-        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+        self, place: CachePlace, formats: Sequence[str | None], batch: int, added: int, held: int
     ) -> list[CostSample]:
         """See `lowprec.targets.base.CacheTarget.time_cache`."""
         samples = []
         for fmt in formats:
-            size = batch * (held + added) * token_bytes(fmt, heads, width)
+            size = batch * (held + added) * token_bytes(fmt, place.heads, place.width)
             us = size / self._device.bandwidth * 1e6
             timing = Timing(p20_us=us, p50_us=us, p80_us=us, runs=0)
-            samples.append(cache_sample(fmt, heads, width, batch, added, held, "roofline", timing, "modelled"))
+            samples.append(cache_sample(fmt, place, batch, added, held, "roofline", timing, "modelled"))
         return samples
 
 

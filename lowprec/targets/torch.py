@@ -22,7 +22,7 @@ from torch import nn
 from lowprec.errors import ModelError, UnsupportedError
 from lowprec.formats import WEIGHT_FORMATS, for_tables, resolve, scheme_named
 from lowprec.formats.rows import MixedRows
-from lowprec.records import CostSample, Origin, Scheme
+from lowprec.records import CachePlace, CostSample, Origin, Scheme
 from lowprec.runtime.dispatch import BUCKET_LIMITS, automatic
 from lowprec.runtime.kvcache import cache_argument
 from lowprec.runtime.measure import measure_kernels
@@ -166,13 +166,18 @@ class TorchTarget:
         """Our cache keeps every format that there is."""
         return None
 
+    @property
+    def cache(self) -> None:
+        """It is asked for: see `lowprec.settings.Settings`."""
+        return
+
     def time_cache(
-        self, heads: int, width: int, formats: Sequence[str | None], batch: int, added: int, held: int
+        self, place: CachePlace, formats: Sequence[str | None], batch: int, added: int, held: int
     ) -> list[CostSample]:
         """See `lowprec.targets.base.CacheTarget.time_cache`; bf16 is the cache that transformers makes by itself."""
         timings = measure_cache(
-            heads,
-            width,
+            place.heads,
+            place.width,
             formats,
             batch,
             added,
@@ -184,8 +189,7 @@ class TorchTarget:
         return [
             cache_sample(
                 fmt,
-                heads,
-                width,
+                place,
                 batch,
                 added,
                 held,
