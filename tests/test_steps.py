@@ -9,6 +9,7 @@ import torch
 import lowprec
 import tiny
 from lowprec.artifacts.card import FILE_NAME
+from lowprec.pipeline import prove
 from lowprec.settings import EFFORTS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -104,3 +105,19 @@ def test_the_algorithms_are_called_with_what_is_prepared(place: Path) -> None:
 def bits(scheme: lowprec.Scheme) -> float:
     """What a parameter costs."""
     return {"bf16": 16.0, "int4": 4.0}.get(scheme.family, 8.0)
+
+
+def test_a_verdict_is_the_same_whatever_is_held_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = lowprec.Settings(out=place / "run", effort=tiny.EFFORT, data=(str(place / "tickets.jsonl"),))
+    with lowprec.begin(place / "path" / "to" / "model", settings, "30%") as run:
+        have = lowprec.prepare(run)
+        chosen = lowprec.choose(lowprec.score(have), lowprec.price(have))
+        loaded = lowprec.export(chosen)
+        data, batches = have.held_out[0], have.held_out[0].batches(128)
+        with chosen.in_model():
+            whole = prove._compared(chosen, loaded, data, batches)
+            monkeypatch.setattr(prove, "PORTION_TOKENS", 200)
+            portions = prove._portions(batches)
+            assert len(portions) > 2
+            assert [batch for some in portions for batch in some] == batches
+            assert torch.equal(prove._compared(chosen, loaded, data, batches), whole)

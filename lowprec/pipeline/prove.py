@@ -1,6 +1,7 @@
 """Stage 6: is what was loaded what was scored (parity), and does it hold the budget on unread text (verdict)?"""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,11 @@ from lowprec.results import ParityResult
 from lowprec.steps.judge import Judgement, Looked, judge
 from lowprec.steps.ledger import Ledger
 from lowprec.steps.measure import compare, run_through
+from lowprec.steps.stream import NOTHING
 from lowprec.steps.tokens import Batch, TokenSet, batched
+
+PORTION_TOKENS = 65_536
+"""Of held-out text that is judged at a time; each portion makes the blocks' weights once more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +109,31 @@ def _judged(chosen: Chosen, loaded: Loaded) -> str:
     return chosen.solved_inputs["codes"] if deployed is None else f"{deployed.digest} {target.device}"
 
 
+def _portions(batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+    """Batches of about PORTION_TOKENS each: the hidden states of one portion, twice, are held at a time."""
+    portions: list[list[Batch]] = [[]]
+    for batch in batches:
+        if sum(int(b.ids.numel()) for b in portions[-1]) >= PORTION_TOKENS:
+            portions.append([])
+        portions[-1].append(batch)
+    return list(portions)
+
+
 def _compared(chosen: Chosen, loaded: Loaded, data: TokenSet, batches: Sequence[Batch]) -> Tensor:
     """The metric's table, a row for each window: the original against what was loaded, in its runtime."""
     context, stream = chosen.prepared.context, chosen.prepared.stream
     by, depth = context.metric.compare(data), stream.depth
     if loaded.served is None:
-        with context.progress.step("judge", 2 * depth, "blocks") as step:
-            reference = run_through(stream, batches, progress=lambda d, _: step.report(d, 2 * depth))
-            candidate = run_through(
-                loaded.stream, batches, loaded.overlay, lambda d, _: step.report(depth + d, 2 * depth)
-            )
-            return compare(reference, [candidate], batches, by)[0]
+        tables, portions = [], _portions(batches)
+        with context.progress.step("judge", 2 * depth * len(portions), "blocks") as step:
+            done = itertools.count(1)
+            for some in portions:
+                runs = [
+                    run_through(s, some, overlay, lambda _, __: step.report(next(done), 2 * depth * len(portions)))
+                    for s, overlay in ((stream, NOTHING), (loaded.stream, loaded.overlay))
+                ]
+                tables.append(compare(runs[0], runs[1:], some, by)[0])
+        return torch.cat(tables)
     with context.progress.step("judge", depth + len(batches), "blocks and batches") as step:
         reference = run_through(stream, batches, progress=lambda d, _: step.report(d, depth + len(batches)))
         rows = []
