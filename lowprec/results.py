@@ -85,7 +85,8 @@ class ParityResult:
     (`noise_kl_nats`), the artefact in the target's runtime, and in plain transformers (None where that cannot load it).
     Of tokens that are generated in a runtime that is here: `token_match` is the share that the scored model would have
     given; `decode_kl_nats` and `scored_kl_nats` are KLs from the unquantised model to what the runtime, token by token,
-    and the scored model expect there. The verdict is on whole texts, which runtimes may compute otherwise than tokens.
+    and the scored model expect there. The verdict is on whole texts, which runtimes may compute otherwise than tokens;
+    where one keeps its KV cache in codes, on texts in steps, as it decodes.
     """
 
     codes_equal: bool

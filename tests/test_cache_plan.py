@@ -40,6 +40,7 @@ from lowprec.steps.sensitivity import Effects, effects, rows_of
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
 from lowprec.targets import CacheTarget, target_for
+from lowprec.transforms import Merge, merged
 
 FORMATS = list(CACHE_FORMATS)
 SEED = 3
@@ -232,7 +233,7 @@ def test_targets_that_keep_caches_of_their_own_are_refused(tmp_path: Path) -> No
 
 def test_a_model_without_such_a_cache_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "model", "mistral")
-    with pytest.raises(UnsupportedError, match=r"sliding window of 4096[\s\S]*leave --kv-cache out"):
+    with pytest.raises(UnsupportedError, match=r"sliding window of 4096[\s\S]*give --kv-cache none"):
         run(tmp_path, tmp_path / "out", kv_cache="8")
     assert not (tmp_path / "out" / "calibration.json").exists()
 
@@ -368,3 +369,41 @@ def test_every_rounding_of_a_mix_is_measured_with_the_cache(tmp_path: Path, monk
     assert len(seen) >= 2
     assert all(rounded == modules for rounded in seen)
     assert {p.module for p in read_cache(tmp_path / "out" / "model")} == modules
+
+
+@pytest.mark.parametrize("fmt", ["kv8-channel-int8", "kv8-fp8"])
+def test_scales_follow_what_is_merged_into_the_values(fmt: str) -> None:
+    stream, caches = prepared("llama", fmt)
+    attention, data = "model.layers.1.self_attn", batches(2, 4, 24)
+    merge = Merge(source=f"{attention}.v_proj", consumers=(f"{attention}.o_proj",), channels=32, head=16, repeat=2)
+    exponents = torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(0))
+    plan = dict.fromkeys(caches.names, fmt)
+
+    def outputs(found: Caches) -> Tensor:
+        run = run_through(stream, data, found.overlay(plan))
+        return torch.cat([hidden.flatten() for hidden in run.hidden])
+
+    expected, plain = outputs(caches), outputs(Caches())
+    rounding = (expected - plain).norm()
+    with merged(stream.module, [(merge, exponents)]):
+        assert (outputs(Caches()) - plain).norm() < 1e-4 * rounding, "merging itself changes nothing"
+        behind, stale = outputs(caches.behind([(merge, exponents)])), outputs(caches)
+    error = float((behind - expected).norm() / rounding)
+    # A scale for each channel moves with it; one for all of FP8's floats has to hold the channel that grew most.
+    assert error < (1e-4 if fmt == "kv8-channel-int8" else 1.0)
+    if fmt == "kv8-channel-int8":
+        assert float((stale - expected).norm() / rounding) > 0.5, "and it would be seen if they did not"
+
+
+@pytest.mark.slow
+def test_a_folder_keeps_the_scales_of_each_format_apart(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model")
+    tiny.text(tmp_path / "text.jsonl")
+    for asked in ("fp8", "int8-channel", "fp8"):
+        settings = lowprec.Settings(
+            out=tmp_path / "out", effort=tiny.EFFORT, data=(str(tmp_path / "text.jsonl"),), kv_cache=asked
+        )
+        with lowprec.begin(tmp_path / "model", settings, "30%") as context:
+            caches = lowprec.prepare(context).caches
+        assert caches.format == KV_CACHES[asked]
+        assert {len(scales) for _, _, scales in caches.scales} == {1 if asked == "fp8" else 32}

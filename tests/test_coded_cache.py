@@ -1,6 +1,7 @@
 """The KV cache in codes in onnxruntime: the same codes as our own cache, in both forms, and what is done without."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import tiny
 from lowprec.artifacts.loading import load_artefact
@@ -19,7 +21,7 @@ from lowprec.errors import ConfigError
 from lowprec.formats import CACHE_FORMATS, SCHEMES
 from lowprec.onnx import export_onnx
 from lowprec.onnx.binding import Run
-from lowprec.onnx.coded_cache import FORMAT, refuses
+from lowprec.onnx.coded_cache import FORMAT, refuses, refuses_heads
 from lowprec.onnx.module import OnnxModule
 from lowprec.onnx.phases import MANY
 from lowprec.onnx.session import Session, left_padded, open_session
@@ -138,10 +140,18 @@ def test_a_text_is_scored_as_decoding_sees_it(place: Path) -> None:
     scored = module(input_ids=ids)
     assert scored.past_key_values is None
     assert scored.logits.shape == expected.shape
-    at_once = module(input_ids=ids, use_cache=True).logits
+    with module.at_once():
+        at_once = module(input_ids=ids).logits
+    assert torch.equal(at_once, module(input_ids=ids, use_cache=True).logits)
     error = [float((x - expected).norm()) for x in (scored.logits, at_once)]
     assert error[0] < 0.2 * error[1], "a prompt that is read at once sees its own keys as they are"
     assert torch.equal(module(input_ids=ids, logits_to_keep=2).logits, scored.logits[:, -2:])
+    ones = torch.ones_like(ids)
+    assert torch.equal(module(input_ids=ids, attention_mask=ones).logits, scored.logits)
+    assert torch.equal(Session(place / "onnx", threads=1).logits(ids), scored.logits)
+    module.positions = TOKENS - 1
+    with pytest.raises(ConfigError, match=f"{TOKENS} tokens"):
+        module(input_ids=ids)
 
 
 @pytest.mark.slow
@@ -199,16 +209,34 @@ def test_which_parts_can_be_kept() -> None:
     assert "not kv8-int8" in str(refuses(other, 3))
 
 
+def test_heads_and_attention_that_have_no_codes_are_told_before_anything_is_spent() -> None:
+    places = [CachePlace(module="a", layer=0, part=p, heads=2, width=100) for p in ("keys", "values")]
+    assert "these have 100" in str(refuses_heads(places))
+    assert refuses_heads([replace(p, width=96) for p in places]) is None
+    assert "of one size" in str(refuses_heads([places[0], replace(places[1], width=96)]))
+    target = OnnxRuntimeTarget()
+    good = [replace(p, width=16) for p in places]
+    assert target.fits(tiny.decoder(), good) is None
+    assert "100" in str(target.fits(tiny.decoder(), places))
+    partial = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            rotary_pct=0.25,
+        )
+    )  # fmt: skip
+    assert target.fits(partial.eval(), good), "half-turned heads are not the operator's"
+
+
 def test_attention_is_timed_in_both_forms() -> None:
     target = OnnxRuntimeTarget(seconds_per_sample=0.0)
-    assert target.cache in CACHE_FORMATS
-    assert target.keeps(target.cache) is None
+    assert target.offered_cache in CACHE_FORMATS
+    assert target.keeps(target.offered_cache) is None
     assert "int8-channel" in str(target.keeps("kv8-int8"))
     place = CachePlace(module="a", layer=0, part="keys", heads=2, width=16, queries=4)
     for added, held in ((20, 0), (1, 30)):
-        plain, codes = target.time_cache(place, (None, target.cache), 2, added, held)
-        assert (plain.scheme, codes.scheme) == ("bf16", target.cache)
-        assert codes.bytes * 2 == plain.bytes == 2 * (added + held) * 2 * 16 * 2
+        plain, codes = target.time_cache(place, (None, target.offered_cache), 2, added, held)
+        assert (plain.scheme, codes.scheme) == ("bf16", target.offered_cache)
+        assert codes.bytes * 4 == plain.bytes == 2 * (added + held) * 2 * 16 * 4, "float32 is what it has without codes"
         assert (codes.m, codes.n, codes.k) == (2 * added, held + added, 32)
         assert 0 < codes.p20_us <= codes.p80_us
 

@@ -421,7 +421,7 @@ def test_models_without_such_a_cache_are_refused_with_reason_and_remedy(made: An
     with pytest.raises(UnsupportedError) as error:
         find_places(made(), tiny.batch())
     assert words in str(error.value)
-    assert "leave --kv-cache out" in str(error.value)
+    assert "give --kv-cache none" in str(error.value)
 
 
 def test_layers_with_windows_or_states_stay_as_they_are() -> None:

@@ -11,6 +11,7 @@ import tiny
 from lowprec.artifacts.card import FILE_NAME
 from lowprec.pipeline import prove
 from lowprec.settings import EFFORTS
+from lowprec.steps import tokens
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -116,8 +117,8 @@ def test_a_verdict_is_the_same_whatever_is_held_at_a_time(place: Path, monkeypat
         data, batches = have.held_out[0], have.held_out[0].batches(128)
         with chosen.in_model():
             whole = prove._compared(chosen, loaded, data, batches)
-            monkeypatch.setattr(prove, "PORTION_TOKENS", 200)
-            portions = prove._portions(batches)
+            monkeypatch.setattr(tokens, "PORTION_TOKENS", 200)
+            portions = tokens.portions_of(batches)
             assert len(portions) > 2
             assert [batch for some in portions for batch in some] == batches
             assert torch.equal(prove._compared(chosen, loaded, data, batches), whole)

@@ -268,6 +268,15 @@ def test_a_run_keeps_its_cache_in_codes(place: Path, tmp_path: Path) -> None:
     assert "before they are rounded" in (Path(report.artefact) / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_codes_beside_weights_of_two_levels(place: Path, tmp_path: Path) -> None:
+    report = run(place, tmp_path / "out", schemes=("int4-two-level",), kv_cache="int8-channel")
+    assert {share.scheme for share in report.schemes} >= {"w4a8-two-level-g64", "kv8-channel-int8"}
+    # Prompts are held to the scored model without the rounding of their own keys, decode to what it loses.
+    assert report.parity.holds
+    assert report.parity.runtime_kl_nats < report.parity.noise_kl_nats
+
+
 def offered(place: Path, out: Path, model: str = "model", **changed: Any) -> str | None:
     """The format that a run may keep the cache in, once it has seen the model."""
     with lowprec.begin(place / model, lowprec.Settings(out=out, **asked(place, **changed)), "30%") as context:

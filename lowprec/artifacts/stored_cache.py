@@ -5,10 +5,11 @@
     kv_cache_scheme   in the quantization_config of a checkpoint: FP8, static, per tensor, with <attention>.k_scale and
                       <attention>.v_scale [1] in bfloat16; one scheme for all layers of a model
 
-INT8 with a scale for each head of each token is left out of the checkpoint's own words. compressed-tensors has no
-strategy of that meaning (its "token" reduces over the heads' tokens), and vLLM takes any cache scheme of 8 bits for FP8
-(`validate_kv_cache_scheme` refuses only what is neither float nor of 8 bits), so to say it would be to have something
-else computed. A runtime that does not know of kv_cache.json keeps 16 bits, which loses less than was judged.
+INT8, with a scale for each head of each token or for each channel, is left out of the checkpoint's own words.
+compressed-tensors has no strategy of that meaning (its "token" reduces over the heads' tokens), and vLLM takes any
+cache scheme of 8 bits for FP8 (`validate_kv_cache_scheme` refuses only what is neither float nor of 8 bits), so to say
+it would be to have something else computed. A runtime that does not know of kv_cache.json keeps 16 bits, which loses
+less than was judged.
 """
 
 from collections.abc import Sequence
@@ -80,8 +81,10 @@ def _sound(part: RoundedPart) -> bool:
     fmt = CACHE_FORMATS[part.format]
     if fmt.largest is None:
         return part.calibrated is None
-    given = part.scales if fmt.by_channel else () if part.scale is None else (part.scale,)
-    return bool(given) and all(0.0 < scale < float("inf") for scale in given)
+    if (part.scale is not None) == fmt.by_channel or bool(part.scales) != fmt.by_channel:
+        return False
+    given = part.scales or (part.scale,)
+    return all(scale is not None and 0.0 < scale < float("inf") for scale in given)
 
 
 def cache_notes(parts: Sequence[RoundedPart]) -> tuple[str, ...]:

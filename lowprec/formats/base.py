@@ -160,7 +160,8 @@ class CacheFormat(Protocol):
         for its values."""
 
     def encode(self, x: Tensor, scale: CacheScale | None = None) -> tuple[Tensor, Tensor | None]:
-        """x [..., T, D] -> codes [..., T, D] and scales [..., T, 1], None where `scale`, the calibrated one, is it."""
+        """x [..., H, T, D] -> codes of its shape and scales [..., H, T, 1], None where `scale`, the calibrated one, is
+        it; formats without a scale for each channel take any x [..., T, D]."""
 
     def decode(self, codes: Tensor, scales: Tensor | CacheScale | None, dtype: torch.dtype) -> Tensor:
         """The inverse but for the rounding, in `dtype`: what float32 gives, rounded once."""

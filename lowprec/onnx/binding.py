@@ -16,6 +16,21 @@ def empty_cache(given: Any, batch: int, tokens: int) -> Array:
     return np.zeros((batch, given.shape[1], tokens, given.shape[3]), dtype=CACHE_TYPES[given.type])
 
 
+def holds_codes(session: Any) -> bool:
+    """Whether a decoder keeps its cache in codes."""
+    return any(i.name.startswith("past_key_values.") and i.type == "tensor(int8)" for i in session.get_inputs())
+
+
+def score_in_steps(session: Any, ids: Array, mask: Array, step: int) -> Array:
+    """What a decoder makes of texts [B, T] when `step` tokens of one text are read at a time: logits [B, T, V]."""
+    rows = []
+    for row, real in zip(ids, mask, strict=True):
+        run, width = Run(session, 1, len(row)), len(row)
+        starts = range(0, width, step)
+        rows.append([run.step(row[None, i : i + step], real[None, : i + step]) for i in starts])
+    return np.concatenate([np.concatenate(parts, axis=1) for parts in rows])
+
+
 class Run:
     """A batch that a decoder goes on with; its cache is handed from step to step without a copy.
 

@@ -13,8 +13,9 @@ from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
 from lowprec.onnx.binding import empty_cache
-from lowprec.onnx.coded_cache import NAMES, add_scales, code_around, read_codes, retype
+from lowprec.onnx.coded_cache import NAMES, add_scales, quantize_around, read_codes, store_as_int8
 from lowprec.onnx.graph import OPSET
+from lowprec.onnx.layers import timing_options
 from lowprec.onnx.nbits import DOMAIN
 from lowprec.onnx.phases import MANY
 from lowprec.records import CachePlace
@@ -85,16 +86,13 @@ def _opened(place: CachePlace, queries: int, codes: bool, few: bool, copies: int
     if codes:
         ones = (1.0 / 64,) * (place.heads * place.width)
         add_scales(graph, {(number, part): ones for number in range(copies) for part in NAMES})
-        retype(graph)
-        (read_codes if few else code_around)(graph)
+        store_as_int8(graph)
+        (read_codes if few else quantize_around)(graph)
     model = make_model(graph, opset_imports=[make_opsetid("", OPSET), make_opsetid(DOMAIN, 1)])
     model.ir_version = 10
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Those of one session would take the cores from the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), timing_options(threads), providers=["CPUExecutionProvider"]
+    )
 
 
 def _bound(session: Any, given: dict[str, Any], batch: int, capacity: int) -> Callable[[int], object]:

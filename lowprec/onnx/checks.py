@@ -3,7 +3,8 @@
 1. ONNX's checker and its strict shape inference.   2. onnxruntime loads it.   3. Its outputs equal those of the
 artefact in torch, float32, to 1e-3 of the largest: sequences of two lengths in one padded batch, a decoder's in three
 steps with its cache. Torch computes each sequence alone, without padding, mask, positions or cache, so that whatever
-the graph makes of these is seen; a mask that was traced away, too.
+the graph makes of these is seen; a mask that was traced away, too. What keeps its KV cache in codes is compared
+before it does, and with them by `check_codes`.
 """
 
 import contextlib
@@ -17,10 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ArtifactError, LowprecError
+from lowprec.onnx.binding import score_in_steps
 from lowprec.onnx.graph import Kind
+from lowprec.onnx.phases import MANY
 from lowprec.onnx.session import OnnxDecoder, left_padded, open_session, run_session
+from lowprec.records import RoundedPart
+from lowprec.runtime.serving_cache import serving_cache
 
 LIMIT = 1e-3
+CODED = 40
+"""Tokens that go through a cache in codes: several steps of the form for few rows."""
 LONG, SHORT = 16, 11
 
 
@@ -81,6 +88,33 @@ def check_outputs(
             "nothing was written",
         )
     return max(pair.error for pair in pairs)
+
+
+def check_codes(path: Path, place: Path, module: Any, parts: Sequence[RoundedPart], tokens: Tensor) -> None:
+    """Compares a file that keeps its cache in codes with the module that is served with such a cache, in both forms.
+
+    A last digit may move a code, so the measure is what rounding the cache changes: few rows may be off by half of it,
+    many rows, whose tokens see their own keys and values as they are, by twice as much.
+
+    Raises:
+        ArtifactError: about `place`: they are further off, or onnxruntime does not run the file.
+    """
+    ids = tokens[:1, :CODED].long()
+    with _about(place, "does not run in onnxruntime"), torch.no_grad():
+        session, mask = open_session(path), torch.ones_like(ids)
+        few, many = (
+            torch.from_numpy(score_in_steps(session, ids.numpy(), mask.numpy(), step)) for step in (MANY - 1, CODED)
+        )
+        plain = module(input_ids=ids, use_cache=False).logits
+        with serving_cache(module, parts):
+            expected = module(input_ids=ids, use_cache=False).logits
+    rounding = float((expected - plain).norm()) + LIMIT * float(expected.norm())
+    for found, limit in ((few, 0.5), (many, 2.0)):
+        if not float((found - expected).norm()) <= limit * rounding:
+            raise ArtifactError(
+                place,
+                "keeps other codes in its KV cache than the artefact (this is a bug of lowprec); nothing was written",
+            )
 
 
 def _of_decoder(path: Path, module: Any, rows: Sequence[Tensor]) -> list[_Pair]:

@@ -22,7 +22,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.helper import make_attribute, make_node
 
-from lowprec.records import CachePart, RoundedPart
+from lowprec.records import CachePart, CachePlace, RoundedPart
 
 FORMAT = "kv8-channel-int8"
 CODES = {
@@ -40,8 +40,24 @@ def refuses(parts: Sequence[RoundedPart], layers: int | None) -> str | None:
     """Why a decoder of so many layers cannot keep its cache as `parts` say, None if it can."""
     if {part.format for part in parts} != {FORMAT}:
         return f"onnxruntime's attention computes with {FORMAT}, not {parts[0].format}"
-    if {(part.layer, part.part) for part in parts} != {(n, p) for n in range(layers or 0) for p in NAMES}:
+    if layers is None:
+        return "its configuration does not say how many layers it has"
+    if {(part.layer, part.part) for part in parts} != {(n, p) for n in range(layers) for p in NAMES}:
         return "onnxruntime's attention has all of a model's keys and values in codes, or none"
+    return None
+
+
+def refuses_heads(places: Sequence[CachePlace]) -> str | None:
+    """Why the operator cannot have codes of heads like these, None if it can."""
+    by_layer: dict[int, set[tuple[int, int]]] = {}
+    for place in places:
+        by_layer.setdefault(place.layer, set()).add((place.heads, place.width))
+    for sizes in by_layer.values():
+        if len(sizes) > 1:
+            return "onnxruntime's attention wants keys and values of one size"
+        ((_, width),) = sizes
+        if width % 8:
+            return f"onnxruntime's attention wants heads of 8, 16, ... values, these have {width}"
     return None
 
 
@@ -50,15 +66,21 @@ def keep_in_codes(model: ModelProto, parts: Sequence[RoundedPart]) -> None:
 
     Args:
         parts: keys and values of all layers; see `refuses`.
+
+    Raises:
+        ValueError: a graph of one form; scales that are not as many as a layer has channels.
     """
-    (choice,) = (node for node in model.graph.node if node.op_type == "If")
+    choices = [node for node in model.graph.node if node.op_type == "If"]
+    if len(choices) != 1:
+        raise ValueError(f"a decoder in two forms has one choice between them, not {len(choices)}")
+    (choice,) = choices
     few, many = (form.g for form in sorted(choice.attribute, key=lambda a: a.name != "then_branch"))
     add_scales(model.graph, {(part.layer, part.part): part.scales for part in parts})
-    retype(model.graph)
+    store_as_int8(model.graph)
     for form in (few, many):
-        retype(form)
+        store_as_int8(form)
     read_codes(few)
-    code_around(many)
+    quantize_around(many)
 
 
 def scale_name(past: str) -> str:
@@ -76,7 +98,7 @@ def add_scales(graph: GraphProto, scales: Mapping[tuple[int, CachePart], Sequenc
         graph.initializer.append(onnx.numpy_helper.from_array(array, scale_name(past)))
 
 
-def retype(graph: GraphProto) -> None:
+def store_as_int8(graph: GraphProto) -> None:
     """Makes what a graph takes, gives, and says of its cache INT8."""
     for value in (*graph.input, *graph.output, *graph.value_info):
         if "past_key_values." in value.name or "present." in value.name:
@@ -93,7 +115,7 @@ def read_codes(graph: GraphProto) -> None:
         node.attribute.extend(make_attribute(name, value) for name, value in CODES.items())
 
 
-def code_around(graph: GraphProto) -> None:
+def quantize_around(graph: GraphProto) -> None:
     """Gives the graph's attention numbers in the place of codes, and makes codes of what it stores."""
     made = _sizes(graph)
     for node in graph.node:
@@ -102,8 +124,8 @@ def code_around(graph: GraphProto) -> None:
             continue
         before, after = [], []
         for past, present in zip(PAST, PRESENT, strict=True):
-            before += _numbers(node, past)
-            after += _codes(node, present, node.input[past].removesuffix(".numbers"))
+            before += _dequantized(node, past)
+            after += _quantized(node, present, node.input[past].removesuffix(".numbers"))
         made += [*before, node, *after]
     del graph.node[:]
     graph.node.extend(made)
@@ -130,7 +152,7 @@ def _sizes(graph: GraphProto) -> list[NodeProto]:
     ]
 
 
-def _numbers(node: NodeProto, index: int) -> list[NodeProto]:
+def _dequantized(node: NodeProto, index: int) -> list[NodeProto]:
     """What is in the cache, in float32, for an input of attention."""
     past = node.input[index]
     node.input[index] = f"{past}.numbers"
@@ -141,7 +163,7 @@ def _numbers(node: NodeProto, index: int) -> list[NodeProto]:
     ]
 
 
-def _codes(node: NodeProto, index: int, past: str) -> list[NodeProto]:
+def _quantized(node: NodeProto, index: int, past: str) -> list[NodeProto]:
     """Codes of what attention stored, before the room that the cache still has."""
     present = node.output[index]
     node.output[index] = f"{present}.numbers"

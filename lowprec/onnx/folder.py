@@ -33,7 +33,7 @@ from lowprec.artifacts.stored_cache import read_cache
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.formats import WEIGHT_FORMATS
 from lowprec.onnx.canonical import Rewritten, to_canonical
-from lowprec.onnx.checks import LONG, check_file, check_outputs
+from lowprec.onnx.checks import LONG, check_codes, check_file, check_outputs
 from lowprec.onnx.coded_cache import keep_in_codes, refuses
 from lowprec.onnx.genai import genai_config
 from lowprec.onnx.graph import OPSET, Graph, Kind, graph_of, tidy
@@ -50,9 +50,10 @@ MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 PLAN = "plan.json"
 EXPORTS = (MODEL, "openvino_model.xml")
 """Files that tell an export from an artefact."""
-UNROUNDED_CACHE = "the KV cache is not rounded to 8 bits, as it was when scored"
+UNROUNDED_CACHE = "the KV cache is not rounded to 8 bits, although it was when scored"
 READ_AT_ONCE = (
-    f"a prompt sees its own keys and values before they are rounded where {MANY} tokens or more are read at a time"
+    f"a prompt sees its own keys and values before they are rounded where {MANY} rows or more (sequences times tokens) "
+    "are read at a time; texts are scored as they would be generated"
 )
 
 
@@ -226,7 +227,7 @@ def _canonical(graph: Graph, source: Source) -> _Formed:
 
 def _for_runtime(graph: Graph, source: Source, accuracy: str) -> _Formed:
     levels = levels_of(source.schemes, accuracy)
-    asked = source.cache if accuracy == "planned" else ()
+    asked = source.cache
     reason = refuses(asked, layers_of(source.module)) if asked else None
     coded = bool(asked) and reason is None
     made = to_runtime(graph, read_back(source.path), levels, positions_of(source.module), coded_cache=coded)
@@ -274,8 +275,10 @@ def _fill(
     with exact_twin(file) if formed.rounds else contextlib.nullcontext(file) as compared:
         error = check_outputs(compared, out, graph.kind, source.module, inputs, tokens_of(source))
     if formed.cache:
-        # Only now: what was compared computes exactly, but for the cache's codes.
+        # Only now: what was compared computes exactly, but for the cache's codes, which are compared by themselves.
         _code_cache(file, formed.cache)
+        with exact_twin(file) as compared:
+            check_codes(compared, out, source.module, formed.cache, tokens_of(source))
     check_file(file, out)
     written = digests.write_digests(folder)
     files = [name for name in (MODEL, DATA) if name in written]

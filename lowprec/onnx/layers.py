@@ -70,19 +70,25 @@ def _dense(graph: ir.Graph, x: ir.Value, name: str, weight: Tensor) -> ir.Node:
     return ir.node("MatMul", [x, value])
 
 
+def timing_options(threads: int) -> Any:
+    """Options of a session that stands beside others which are timed in turns."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Those of one session would take the cores from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def open_layers(model: ir.Model, threads: int, optimised: Path | None = None) -> Any:
     """An onnxruntime session of a graph in memory; threads do not wait actively between its runs.
 
     Args:
         optimised: where the graph is written that onnxruntime makes of it.
     """
-    options = onnxruntime.SessionOptions()
+    options = timing_options(threads)
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Those of one session would take the cores from the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         # A message of protobuf ends at 2 GB, a head of a large model in float32 does not.
         path = Path(folder) / "layer.onnx"

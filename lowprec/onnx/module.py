@@ -6,6 +6,8 @@ module(input_ids, use_cache=True, past_key_values=None, ...)      -> logits, pas
 module(input_ids, attention_mask)                                 -> last_hidden_state [B, T, D] (encoders)
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
-from lowprec.onnx.binding import Run
+from lowprec.onnx.binding import Run, holds_codes, score_in_steps
 from lowprec.onnx.phases import MANY
 from lowprec.onnx.session import MODEL, open_session, run_session
 
@@ -51,7 +53,7 @@ class OnnxModule(nn.Module):
         self.positions = None if told is None else int(told)
         names = [i.name for i in self.__dict__["_session"].get_inputs()]
         self._decodes = any(name.startswith("past_key_values.") for name in names)
-        self._codes = any(i.type == "tensor(int8)" for i in self.__dict__["_session"].get_inputs())
+        self._codes = holds_codes(self.__dict__["_session"])
 
     def forward(
         self,
@@ -77,17 +79,19 @@ class OnnxModule(nn.Module):
         Raises:
             ConfigError: more tokens than the cache has room for, or the model positions.
         """
-        if self._codes and not use_cache and past_key_values is None and attention_mask is None:
-            return self._in_steps(input_ids, logits_to_keep)
         batch, width = input_ids.shape
+        if self._codes and not use_cache and past_key_values is None:
+            self._check(width)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            found = score_in_steps(self.__dict__["_session"], _int64(input_ids), _int64(mask), MANY - 1)
+            return SimpleNamespace(logits=torch.from_numpy(found)[:, -logits_to_keep:], past_key_values=None)
         cache = past_key_values
         if cache is None:
             room = width + (self.room if use_cache else 0)
             session = self.__dict__["_session"]
             cache = Cache(Run(session, batch, room if use_cache else 0), room) if self._decodes else None
         total = width + (cache.tokens if cache else 0)
-        if self.positions is not None and total > self.positions:
-            raise ConfigError(f"{total} tokens, the model has positions for {self.positions}: give fewer")
+        self._check(total)
         mask = torch.ones(batch, total, dtype=torch.long) if attention_mask is None else attention_mask.long()
         if cache is None:
             return self._encoded(input_ids, mask)
@@ -97,16 +101,18 @@ class OnnxModule(nn.Module):
         cache.tokens = total
         return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=cache if use_cache else None)
 
-    def _in_steps(self, ids: Tensor, keep: int) -> SimpleNamespace:
-        """Row by row, as many tokens at a time as decode's form takes."""
-        made = []
-        for row in torch.split(ids, 1):
-            cache, logits = Cache(Run(self.__dict__["_session"], 1, ids.shape[1]), ids.shape[1]), []
-            for part in torch.split(row, MANY - 1, dim=1):
-                found = self.forward(part, past_key_values=cache, use_cache=True)
-                logits.append(found.logits)
-            made.append(torch.cat(logits, 1))
-        return SimpleNamespace(logits=torch.cat(made)[:, -keep:], past_key_values=None)
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Texts are read at once while open, as prompts are."""
+        codes, self._codes = self._codes, False
+        try:
+            yield
+        finally:
+            self._codes = codes
+
+    def _check(self, tokens: int) -> None:
+        if self.positions is not None and tokens > self.positions:
+            raise ConfigError(f"{tokens} tokens, the model has positions for {self.positions}: give fewer")
 
     def _encoded(self, ids: Tensor, mask: Tensor) -> SimpleNamespace:
         session = self.__dict__["_session"]

@@ -13,6 +13,8 @@ and prefill of 512, one run in turns): float32 84 and 1,468, onnxruntime-genai's
 and 1,083; this 219 and 2,388, and in onnxruntime-genai 220 and 1,922. MatMulNBits alone, 224 and 1,482. So decode is
 2.4 times float32's at most with this operator, and attention, a third of the time, keeps prefill below twice.
 
+A KV cache in codes (`lowprec.onnx.coded_cache`) has both forms, too.
+
 The choice is made once a step, not once a product: entering a branch costs about as long as ten small operators.
 Constants that both forms have are stored once. Graphs that are no decoders have the form for many alone.
 """

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.onnx import RUNTIME_NEEDED
-from lowprec.onnx.binding import Run, empty_cache
+from lowprec.onnx.binding import Run, empty_cache, holds_codes, score_in_steps
+from lowprec.onnx.phases import MANY
 from lowprec.onnx.sampling import Array, Sampler
 
 ACCURACY, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
@@ -162,7 +163,8 @@ class Session:
         return transformers.AutoTokenizer.from_pretrained(self.path.parent, local_files_only=True)
 
     def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the model expects after each token of texts that are given whole.
+        """What the model expects after each token of texts that are given whole, as it would while it generates them:
+        where the KV cache is in codes every token sees codes.
 
         Args:
             ids: [B, T] tokens.
@@ -181,6 +183,8 @@ class Session:
         if given.shape != ids.shape or not bool(((given == 0) | (given == 1)).all()):
             raise ConfigError(f"the mask is 0 or 1 for each of {list(ids.shape)} tokens, not {list(given.shape)}")
         self._check(ids, ids.shape[1])
+        if holds_codes(self._session):
+            return torch.from_numpy(score_in_steps(self._session, _int64(ids), _int64(given), MANY - 1))
         return torch.from_numpy(Run(self._session, len(ids)).step(_int64(ids), _int64(given)))
 
     def generate(self, prompts: Sequence[Tokens], tokens: int = 128, **choice: Any) -> list[list[int]]:

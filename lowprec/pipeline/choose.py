@@ -63,18 +63,23 @@ class Chosen:
         return merged(self.prepared.context.model.module, self.merges)
 
     @property
+    def overlay_without_cache(self) -> Overlay:
+        """`overlay` with the KV cache as it is."""
+        calibration = replace(self.scored.calibration, smoothed=())
+        return overlay_of(self.prepared.groups, self.schemes, self.solved, calibration)
+
+    @property
     def overlay(self) -> Overlay:
         """What the scored model computes with, the plan's scales being merged into it."""
-        calibration = replace(self.scored.calibration, smoothed=())
         return {
-            **overlay_of(self.prepared.groups, self.schemes, self.solved, calibration),
-            **self.prepared.caches.overlay(self.plan.scheme_of()),
+            **self.overlay_without_cache,
+            **self.prepared.caches.behind(self.merges).overlay(self.plan.scheme_of()),
         }
 
     @property
     def cache(self) -> tuple[RoundedPart, ...]:
-        """What the plan rounds of the KV cache."""
-        return self.prepared.caches.parts(self.plan.scheme_of())
+        """What the plan rounds of the KV cache, the plan's scales being merged into the model."""
+        return self.prepared.caches.behind(self.merges).parts(self.plan.scheme_of())
 
 
 def options(scored: Scored, priced: Priced) -> dict[str, list[Option]]:
@@ -106,7 +111,9 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     if verified.rounds and not any(r.accepted(limit) for r in verified.rounds):
         _say_how_far(scored.prepared, verified)
     prepared = scored.prepared
-    inputs = _solve_inputs(prepared, plan) | {"codes": _codes_digest(solved, prepared.caches.parts(plan.scheme_of()))}
+    inputs = _solve_inputs(prepared, plan) | {
+        "codes": _codes_digest(solved, prepared.caches.behind(merges).parts(plan.scheme_of()))
+    }
     _keep(prepared, solved, inputs)
     return Chosen(
         scored=scored, priced=priced, verified=verified, plan=plan, merges=merges, solved=solved, solved_inputs=inputs

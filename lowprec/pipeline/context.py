@@ -34,7 +34,7 @@ class Context:
         """What the KV cache may be kept in: as is asked for, or what the target offers where time is what counts."""
         settings, target = self.settings, self.target
         timed = self.model.kind == "decoder" and settings.objective != "bytes"
-        return settings.cache_format(target.cache if isinstance(target, CacheTarget) and timed else None)
+        return settings.cache_format(target.offered_cache if isinstance(target, CacheTarget) and timed else None)
 
     def with_budget(self, budget: Budget | str | float) -> "Context":
         """The same run with another limit, "2%", 0.02 or a `Budget`.
@@ -91,7 +91,7 @@ def _require_cache(target: Target, fmt: str) -> None:
     if not isinstance(target, CacheTarget):
         raise UnsupportedError(
             f"target {target.name} keeps its KV cache in a form of its own",
-            ("leave --kv-cache out, or plan for --target torch, onnxruntime or a device to be modelled",),
+            ("leave --kv-cache out, or plan for --target torch, or for onnxruntime with --kv-cache int8-channel",),
         )
     if (reason := target.keeps(fmt)) is not None:
         other = "leave --kv-cache out" if target.keeps(KV_CACHES["8"]) else "give --kv-cache 8"

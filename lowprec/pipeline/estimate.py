@@ -14,7 +14,7 @@ from lowprec.steps.importance import OUTPUT_ROWS, OUTPUT_TOKENS
 from lowprec.steps.learn import STEP_TOKENS
 from lowprec.steps.linear import linear_layers, weight_of
 from lowprec.steps.metrics import text_growth
-from lowprec.steps.tokens import BATCH_TOKENS
+from lowprec.steps.tokens import BATCH_TOKENS, PORTION_TOKENS
 from lowprec.targets import TARGETS, RuntimeTarget
 
 LIBRARIES_BYTES = 0.9e9
@@ -71,7 +71,13 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     turned = 4.0 * sum(p.numel() for p in module.parameters()) + embedding if settings.rotate else 0.0
     growth = text_growth(settings.budget)
     samples = (
-        4.0 * hidden * max(effort.held_out_tokens * 2 * growth, effort.calibration_tokens + effort.sensitivity_tokens)
+        4.0
+        * hidden
+        * max(
+            2 * min(effort.held_out_tokens * growth, PORTION_TOKENS),
+            2 * effort.tuning_tokens * growth,
+            effort.calibration_tokens + effort.sensitivity_tokens,
+        )
     )
     logits = 4.0 * LOGITS_COPIES * BATCH_TOKENS * wide
     outputs = sum(_output_bytes(weight_of(layer).shape[0]) for layer in layers.values()) * effort.two_sided

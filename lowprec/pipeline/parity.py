@@ -4,7 +4,7 @@ Whole models are compared by KL, beside the noise that computing the scored mode
 
     loaded    the artefact as it was loaded for the verdict, dense in float32
     runtime   what the cost is measured on: a runtime with files of its own, from these; else our kernels on the codes,
-              the model around them as it is stored
+              the model around them as it is stored; where the runtime keeps its KV cache in codes, as prompts are read
     plain     transformers alone in bfloat16, which rounds INT8 activations by 127.5 (told, not demanded)
 
 Decoders also generate there, token by token. Decode may be computed otherwise than whole texts, by forms for few rows:
@@ -13,6 +13,7 @@ where our own leave inputs unrounded for so few, they are held against the score
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +34,7 @@ from lowprec.steps.measure import Run, run_through
 from lowprec.steps.memory import give_back_memory
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch
-from lowprec.targets import RuntimeTarget
+from lowprec.targets import ReadsAtOnce, RuntimeTarget
 from lowprec.targets.torch import Cached
 
 LOADED_TOKENS = 1_024
@@ -58,9 +59,13 @@ def parity_of(chosen: Chosen, loaded: Loaded) -> ParityResult:
         noisy = Stream(model.module, model.forward, example(prepared.splits), stream.device, torch.bfloat16)
         noise = kl_between(context, few, expected, outputs_of(run_through(noisy, few, overlay), few))
         with optimised(chosen, loaded.artefact, loaded.served) as module:
-            found = [_ran(context, module, batch) for batch in few]
+            with _at_once(module):
+                found = [_ran(context, module, batch) for batch in few]
             texts = _generate(chosen, module)
         as_run = list(expected)
+        if loaded.served is not None and chosen.cache:
+            # Read at once, tokens see their own keys and values as they are.
+            as_run = list(outputs_of(run_through(stream, few, chosen.overlay_without_cache), few))
         for index, (_, unrounded) in enumerate(found):
             if unrounded:
                 exact = {**overlay, **{layer: replace(overlay[layer], activation=None) for layer in unrounded}}
@@ -116,6 +121,11 @@ def _plain(chosen: Chosen, loaded: Loaded, batches: Sequence[Batch], expected: I
     del module
     give_back_memory()
     return found
+
+
+def _at_once(module: nn.Module) -> AbstractContextManager[None]:
+    """Texts as prompts are read, where the runtime scores them otherwise: in steps, as it decodes."""
+    return module.at_once() if isinstance(module, ReadsAtOnce) else nullcontext()
 
 
 def _ran(context: Context, module: nn.Module, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:

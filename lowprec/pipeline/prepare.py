@@ -14,7 +14,7 @@ from lowprec.pipeline.context import Context
 from lowprec.records import Group, Scheme, digest
 from lowprec.results import StruckOut, Unquantised
 from lowprec.settings import Effort
-from lowprec.steps.caches import NO_CACHES, Caches, find_caches, ranges, scales_of
+from lowprec.steps.caches import NO_CACHES, REMEDY, Caches, find_caches, ranges, scales_of
 from lowprec.steps.cost import candidates
 from lowprec.steps.data import Splits, SplitSizes, split
 from lowprec.steps.frequency import token_frequency
@@ -27,7 +27,7 @@ from lowprec.steps.sources import read_sources
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, Batched, TokenSet, batched
 from lowprec.steps.transform import smooth
-from lowprec.targets.base import RuntimeTarget
+from lowprec.targets.base import CacheTarget, RuntimeTarget
 from lowprec.transforms import Smoothed
 from lowprec.version import __version__
 
@@ -217,6 +217,7 @@ def _caches(context: Context, stream: Stream, splits: Splits) -> Caches:
         return NO_CACHES
     try:
         found = find_caches(stream, example(splits).ids, fmt)
+        _require_place(context, found)
     except UnsupportedError as error:
         if context.settings.kv_cache is not None:
             raise
@@ -228,10 +229,20 @@ def _caches(context: Context, stream: Stream, splits: Splits) -> Caches:
     return found
 
 
+def _require_place(context: Context, caches: Caches) -> None:
+    """Raises UnsupportedError where the target's attention cannot keep this model's keys and values in codes."""
+    target = context.target
+    assert isinstance(target, CacheTarget)
+    places = [place for group in caches.groups for place in group.places]
+    if (reason := target.fits(context.model.module, places)) is not None:
+        raise UnsupportedError(f"{target.name} cannot keep the KV cache in {caches.format}", (reason, REMEDY))
+
+
 def _scaled(context: Context, stream: Stream, caches: Caches, data: TokenSet, inputs: Mapping[str, str]) -> Caches:
     """With the scales of a static format, from as much text as smoothing looks at."""
     if CACHE_FORMATS[caches.format].largest is None:
         return caches
+    inputs = {**inputs, "cache": digest(repr(caches))}
     found: Caches | None = context.folder.read_step("cache", inputs, Caches)
     if found is None:
         with context.progress.step("cache"):

@@ -64,9 +64,10 @@ def _cached(prepared: Prepared, inputs: Mapping[str, str]) -> dict[tuple[str, st
     inputs = {**inputs, "cache": prepared.inputs["cache"]}
     samples: tuple[CostSample, ...] | None = context.folder.read_step("cost-cache", inputs, tuple[CostSample, ...])
     if samples is None:
-        samples = tuple(time_caches(caches, workload, target))
+        with context.progress.step("cost of the cache"):
+            samples = tuple(time_caches(caches, workload, target))
         context.folder.write_step("cost-cache", samples, inputs)
-    return cache_costs(caches, workload, samples, context.model.dtype.itemsize)
+    return cache_costs(caches, workload, samples, target.dense_bytes(context.model.dtype.itemsize))
 
 
 def tied_groups(prepared: Prepared) -> list[str]:

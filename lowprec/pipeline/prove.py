@@ -18,10 +18,7 @@ from lowprec.steps.judge import Judgement, Looked, judge
 from lowprec.steps.ledger import Ledger
 from lowprec.steps.measure import compare, run_through
 from lowprec.steps.stream import NOTHING
-from lowprec.steps.tokens import Batch, TokenSet, batched
-
-PORTION_TOKENS = 65_536
-"""Of held-out text that is judged at a time; each portion makes the blocks' weights once more."""
+from lowprec.steps.tokens import Batch, TokenSet, batched, portions_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,24 +106,13 @@ def _judged(chosen: Chosen, loaded: Loaded) -> str:
     return chosen.solved_inputs["codes"] if deployed is None else f"{deployed.digest} {target.device}"
 
 
-def _portions(batches: Sequence[Batch]) -> list[Sequence[Batch]]:
-    """Batches of about PORTION_TOKENS each: the hidden states of one portion, twice, are held at a time."""
-    portions: list[list[Batch]] = [[]]
-    for batch in batches:
-        if sum(int(b.ids.numel()) for b in portions[-1]) >= PORTION_TOKENS:
-            portions.append([])
-        portions[-1].append(batch)
-    return list(portions)
-
-
 def _compared(chosen: Chosen, loaded: Loaded, data: TokenSet, batches: Sequence[Batch]) -> Tensor:
     """The metric's table, a row for each window: the original against what was loaded, in its runtime."""
     context, stream = chosen.prepared.context, chosen.prepared.stream
     by, depth = context.metric.compare(data), stream.depth
+    tables, portions, done = [], portions_of(batches), itertools.count(1)
     if loaded.served is None:
-        tables, portions = [], _portions(batches)
         with context.progress.step("judge", 2 * depth * len(portions), "blocks") as step:
-            done = itertools.count(1)
             for some in portions:
                 runs = [
                     run_through(s, some, overlay, lambda _, __: step.report(next(done), 2 * depth * len(portions)))
@@ -134,12 +120,13 @@ def _compared(chosen: Chosen, loaded: Loaded, data: TokenSet, batches: Sequence[
                 ]
                 tables.append(compare(runs[0], runs[1:], some, by)[0])
         return torch.cat(tables)
-    with context.progress.step("judge", depth + len(batches), "blocks and batches") as step:
-        reference = run_through(stream, batches, progress=lambda d, _: step.report(d, depth + len(batches)))
-        rows = []
-        found = forwarded(context, loaded.served, batches)
-        # One batch of logits at a time.
-        for expected, output, batch in zip(outputs_of(reference, batches), found, batches, strict=True):
-            rows.append(by(expected, output, batch).cpu())
-            step.report(depth + len(rows), depth + len(batches))
-        return torch.cat(rows)
+    total = depth * len(portions) + len(batches)
+    with context.progress.step("judge", total, "blocks and batches") as step:
+        for some in portions:
+            reference = run_through(stream, some, progress=lambda _, __: step.report(next(done), total))
+            found = forwarded(context, loaded.served, some)
+            # One batch of logits at a time.
+            for expected, output, batch in zip(outputs_of(reference, some), found, some, strict=True):
+                tables.append(by(expected, output, batch).cpu())
+                step.report(next(done), total)
+    return torch.cat(tables)

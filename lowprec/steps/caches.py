@@ -3,7 +3,8 @@
 A trace tells which module hands keys and values of which shape to which layer of the cache; no architecture is known by
 name. Keys and values of each layer are groups of their own where every token's heads have scales of their own: keys of
 the first layers, where a few channels are always large, stand it worst by far, and values hardly notice. A static
-format is one group for the whole model, since that is all that `kv_cache_scheme` of a checkpoint can say.
+format is one group for the whole model: that is all that `kv_cache_scheme` of a checkpoint can say, and what runtimes
+compute with.
 
 Layers that keep a window of tokens or a state stay as they are: what they keep does not grow with the context.
 """
@@ -25,9 +26,10 @@ from lowprec.runtime.request_cache import fit_layers
 from lowprec.runtime.serving_cache import tap_cache
 from lowprec.steps.measure import run_through
 from lowprec.steps.stream import Override, Stream
+from lowprec.transforms import Merge
 
 WHOLE = "kv_cache"
-REMEDY = "leave --kv-cache out: the cache then stays as the model computes it"
+REMEDY = "give --kv-cache none: the cache then stays as the model computes it"
 Place = tuple[str, CachePart]
 """(attention module, part)."""
 
@@ -78,6 +80,21 @@ class Caches:
         """What is rounded where `schemes` (group -> scheme) hold, by layer, keys before values."""
         rounded = [p for g in self.groups if schemes.get(g.name) == self.format for p in g.places]
         return tuple(self._rounded(p) for p in sorted(rounded, key=lambda p: (p.layer, p.part)))
+
+    def behind(self, merges: Sequence[tuple[Merge, Tensor]]) -> "Caches":
+        """The same once scales are merged into the model: values whose channel c is divided by 2^e[c] have scales that
+        are, too, so their codes stay; a scale for all channels grows with the one that grows most.
+        """
+        by_channel = bool(self.format) and CACHE_FORMATS[self.format].by_channel
+        scales = list(self.scales)
+        for merge, exponents in merges:
+            share = torch.exp2(-exponents.float())
+            if not by_channel:
+                share = share.max().clamp_min(1.0)[None]
+            for index, (module, part, found) in enumerate(scales):
+                if part == "values" and merge.source.startswith(f"{module}."):
+                    scales[index] = (module, part, tuple((torch.tensor(found) * share).tolist()))
+        return replace(self, scales=tuple(scales))
 
     def overlay(self, schemes: Mapping[str, str]) -> dict[str, Override]:
         """What attention sees where `schemes` hold, for a `Stream`."""
@@ -185,7 +202,7 @@ def find_caches(stream: Stream, ids: Tensor, fmt: str) -> Caches:
             for place in places
         )
     elif left:
-        raise _unsupported((*left, f"{fmt} is one format for all layers of a model; --kv-cache 8 may have some alone"))
+        raise _unsupported((*left, f"{fmt} is one format for all layers of a model"))
     else:
         groups = (CacheGroup(name=WHOLE, role=WHOLE, block=None, places=places),)
     return Caches(groups=groups, format=fmt, left=left)

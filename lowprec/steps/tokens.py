@@ -9,6 +9,8 @@ import torch
 from lowprec.records import digest
 
 BATCH_TOKENS = 512
+PORTION_TOKENS = 65_536
+"""Of text that is judged at a time; each portion makes the weights of all blocks once more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +141,16 @@ def windows_of(batch: Any) -> list[tuple[slice, Any]]:
         return [(slice(None), batch)]
     rows = [slice(i, i + 1) for i in range(len(batch.ids))]
     return [(r, Batch(ids=batch.ids[r], lengths=batch.lengths[r], index=batch.index[r])) for r in rows]
+
+
+def portions_of(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Batches of about PORTION_TOKENS each, for passes that hold what a model makes of all of their text."""
+    portions: list[list[Batch]] = [[]]
+    for batch in batches:
+        if sum(int(b.ids.numel()) for b in portions[-1]) >= PORTION_TOKENS:
+            portions.append([])
+        portions[-1].append(batch)
+    return portions
 
 
 def rows_of_batch(hidden: Any, batch: Any) -> torch.Tensor:

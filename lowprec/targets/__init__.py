@@ -1,13 +1,14 @@
 """Runtimes that a plan is made for, one file each, and devices that can be planned for without having them."""
 
 from lowprec.errors import UnsupportedError
-from lowprec.targets.base import TARGETS, CacheTarget, RuntimeTarget, Target, weight_bytes
+from lowprec.targets.base import TARGETS, CacheTarget, ReadsAtOnce, RuntimeTarget, Target, weight_bytes
 from lowprec.targets.roofline import DEVICES, device_target
 
 __all__ = [
     "DEVICES",
     "TARGETS",
     "CacheTarget",
+    "ReadsAtOnce",
     "RuntimeTarget",
     "Target",
     "device_target",

@@ -7,6 +7,7 @@ functions judge it, as if it were computed by torch.
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -107,15 +108,26 @@ class RuntimeTarget(Target, Protocol):
 
 
 @runtime_checkable
+class ReadsAtOnce(Protocol):
+    """What `RuntimeTarget.load` gives where texts are scored in steps, as decoding would see them."""
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Texts are read at once while open, as prompts are."""
+
+
+@runtime_checkable
 class CacheTarget(Target, Protocol):
     """A target whose KV cache may be kept in codes."""
 
     @property
-    def cache(self) -> str | None:
-        """The cache format that it offers where nothing is asked for, None for none."""
+    def offered_cache(self) -> str | None:
+        """The cache format that it offers where nothing is asked for and time is the objective, None for none."""
 
     def keeps(self, fmt: str) -> str | None:
         """None if it can keep keys and values in the cache format `fmt`, else the reason."""
+
+    def fits(self, module: nn.Module, places: Sequence[CachePlace]) -> str | None:
+        """None if it can keep the keys and values of this very decoder in codes, else the reason."""
 
     def time_cache(
         self, place: CachePlace, formats: Sequence[str | None], batch: int, added: int, held: int
@@ -143,15 +155,16 @@ def weight_bytes(scheme: Scheme, n: int, k: int) -> int:
     return round(n * WEIGHT_FORMATS[scheme.weight].bytes_per_row(k))
 
 
-def token_bytes(fmt: str | None, heads: int, width: int) -> float:
-    """Bytes of one token's keys, or values, in a layer; None is bfloat16."""
-    return BF16_BYTES * heads * width if fmt is None else CACHE_FORMATS[fmt].bytes_per_token(heads, width)
+def token_bytes(fmt: str | None, heads: int, width: int, own_bytes: int = BF16_BYTES) -> float:
+    """Bytes of one token's keys, or values, in a layer; None is what is not rounded, `own_bytes` a number."""
+    return own_bytes * heads * width if fmt is None else CACHE_FORMATS[fmt].bytes_per_token(heads, width)
 
 
 def cache_sample(
-    fmt: str | None, place: CachePlace, batch: int, added: int, held: int, kernel: str, timing: Timing, origin: Origin
-) -> CostSample:
-    """A sample as `CacheTarget.time_cache` gives it."""
+    fmt: str | None, place: CachePlace, batch: int, added: int, held: int, kernel: str, timing: Timing, origin: Origin,
+    own_bytes: int = BF16_BYTES,
+) -> CostSample:  # fmt: skip
+    """A sample as `CacheTarget.time_cache` gives it; `own_bytes` of a number that is not rounded."""
     return CostSample(
         op="cache",
         m=batch * added,
@@ -162,7 +175,7 @@ def cache_sample(
         p20_us=timing.p20_us,
         p50_us=timing.p50_us,
         p80_us=timing.p80_us,
-        bytes=round(batch * (held + added) * token_bytes(fmt, place.heads, place.width)),
+        bytes=round(batch * (held + added) * token_bytes(fmt, place.heads, place.width, own_bytes)),
         origin=origin,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowprec.formats import QuantizedWeight, resolve
 from lowprec.onnx import RUNTIME_NEEDED, export_onnx, require_extra
 from lowprec.records import ArtefactForm, CachePlace, CostSample, Deployed, Scheme
-from lowprec.targets.base import TARGETS, cache_sample, unfit, weight_bytes
+from lowprec.targets.base import BF16_BYTES, TARGETS, cache_sample, unfit, weight_bytes
 from lowprec.targets.measured import MeasuredTarget
 from lowprec_kernels.timing import Timing
 
@@ -81,18 +81,25 @@ class OnnxRuntimeTarget(MeasuredTarget):
         return {(name, m): (kernel, timed[f"{name} {kernel}", m]) for (name, m), kernel in kernels.items()}
 
     @property
-    def cache(self) -> str:
+    def offered_cache(self) -> str:
         """INT8 by channel, which its attention computes with."""
         from lowprec.onnx.coded_cache import FORMAT
 
         return FORMAT
 
+    def fits(self, module: nn.Module, places: Sequence[CachePlace]) -> str | None:
+        """None where its attention takes heads like these, and the place of the model's own."""
+        from lowprec.onnx.coded_cache import refuses_heads
+        from lowprec.onnx.twin import plain_attention
+
+        return refuses_heads(places) or plain_attention(module)
+
     def keeps(self, fmt: str) -> str | None:
         """None for that format."""
         return (
             None
-            if fmt == self.cache
-            else f"its attention computes with {self.cache}, which --kv-cache int8-channel asks for"
+            if fmt == self.offered_cache
+            else f"its attention computes with {self.offered_cache}, which --kv-cache int8-channel asks for"
         )
 
     def time_cache(
@@ -101,12 +108,10 @@ class OnnxRuntimeTarget(MeasuredTarget):
         """See `lowprec.targets.base.CacheTarget.time_cache`; half of what attention takes is that of keys or values."""
         from lowprec.onnx.cache_times import time_attention
 
-        coded = [fmt is not None for fmt in formats]
-        found = time_attention(
-            place, coded, batch, added, held, torch.get_num_threads(), self.seconds_per_sample * len(formats)
-        )
+        coded, own = [fmt is not None for fmt in formats], self.dense_bytes(BF16_BYTES)
+        found = time_attention(place, coded, batch, added, held, torch.get_num_threads(), self.seconds_per_sample)
         return [
-            cache_sample(fmt, place, batch, added, held, ATTENTION, found[fmt is not None].per(2), "measured")
+            cache_sample(fmt, place, batch, added, held, ATTENTION, found[fmt is not None].per(2), "measured", own)
             for fmt in formats
         ]
 

@@ -14,6 +14,8 @@ schemes are upper bounds of what is to be gained. w8a16 and w4a16 compute in bf1
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from lowprec.errors import ConfigError
 from lowprec.formats import per_block, resolve
 from lowprec.records import CachePlace, CostSample, Origin, Scheme
@@ -195,8 +197,12 @@ class RooflineTarget:
         return None if precision in self._device.rates else self._device.missing[precision]
 
     @property
-    def cache(self) -> None:
+    def offered_cache(self) -> None:
         """It is asked for: see `lowprec.settings.Settings`."""
+        return
+
+    def fits(self, module: nn.Module, places: Sequence[CachePlace]) -> None:
+        """Every cache that transformers makes of keys and values of all tokens."""
         return
 
     def time_cache(

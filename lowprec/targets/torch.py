@@ -167,8 +167,12 @@ class TorchTarget:
         return None
 
     @property
-    def cache(self) -> None:
+    def offered_cache(self) -> None:
         """It is asked for: see `lowprec.settings.Settings`."""
+        return
+
+    def fits(self, module: nn.Module, places: Sequence[CachePlace]) -> None:
+        """Every cache that transformers makes of keys and values of all tokens."""
         return
 
     def time_cache(
