@@ -1,4 +1,8 @@
-"""Steps of a decoder in onnxruntime, its cache bound as input and output: no key or value passes through Python."""
+"""Steps of a decoder in onnxruntime, its cache bound as input and output: no key or value passes through Python.
+
+Fused attention writes into the cache where it stands; the form for many rows over a cache in codes copies it
+(`lowprec.onnx.coded_cache`).
+"""
 
 from typing import Any
 

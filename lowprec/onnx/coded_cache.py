@@ -124,8 +124,9 @@ def quantize_around(graph: GraphProto) -> None:
             continue
         before, after = [], []
         for past, present in zip(PAST, PRESENT, strict=True):
+            stored = node.input[past]
             before += _dequantized(node, past)
-            after += _quantized(node, present, node.input[past].removesuffix(".numbers"))
+            after += _quantized(node, present, stored)
         made += [*before, node, *after]
     del graph.node[:]
     graph.node.extend(made)

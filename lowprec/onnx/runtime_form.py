@@ -120,15 +120,17 @@ def levels_of(schemes: Mapping[str, Scheme], accuracy: str) -> dict[str, Level]:
 
 def positions_of(module: nn.Module) -> int | None:
     """How many tokens a transformers model has places for, None where it does not say."""
-    config: Any = getattr(module, "config", None)
-    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
+    return _told(module, "max_position_embeddings")
 
 
 def layers_of(module: nn.Module) -> int | None:
     """How many layers a transformers model has, None where it does not say."""
+    return _told(module, "num_hidden_layers")
+
+
+def _told(module: nn.Module, name: str) -> int | None:
     config: Any = getattr(module, "config", None)
-    found = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    found = None if config is None else getattr(config.get_text_config(), name, None)
     return None if found is None else int(found)
 
 
