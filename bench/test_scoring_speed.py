@@ -18,6 +18,7 @@ from lowprec.formats import WEIGHT_FORMATS, resolve, scheme_named
 from lowprec.records import Scheme
 from lowprec.solvers import SOLVERS
 from lowprec.steps.calibrate import calibrate
+from lowprec.steps.effects import LayerErrors
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import load
@@ -40,13 +41,13 @@ def test_eight_schemes_cost_at_most_a_third_more_than_one(benchmark: Any, tmp_pa
     groups, _ = find_groups(stream)
     made: dict[tuple[str, str], Tensor] = {}
 
-    def errors(layer: str, formats: Any) -> Tensor:
+    def errors(layer: str, formats: Any) -> LayerErrors:
         for fmt in formats:
             if (layer, fmt) not in made:
                 weight = weight_of(stream.layers[layer]).float()
                 rounded = SOLVERS["rtn"].solve(weight, WEIGHT_FORMATS[fmt], None).dequantize()
                 made[layer, fmt] = (rounded - weight).bfloat16()
-        return torch.stack([made[layer, fmt] for fmt in formats])
+        return LayerErrors(parts=torch.stack([made[layer, fmt] for fmt in formats]))
 
     def seconds(names: tuple[str, ...], round_: int) -> float:
         schemes: dict[str, list[Scheme]] = {g.name: [resolve(scheme_named(n), g.k) for n in names] for g in groups}

@@ -32,6 +32,7 @@ from lowprec.steps.allocate import Option, allocate
 from lowprec.steps.caches import Caches, cache_bytes, find_caches, ranges, scales_of
 from lowprec.steps.calibrate import calibrate
 from lowprec.steps.cost import cache_costs, time_caches
+from lowprec.steps.effects import LayerErrors
 from lowprec.steps.load import decoder_forward
 from lowprec.steps.measure import compare, compare_tokens, mean_kl, measure_pairs, run_through
 from lowprec.steps.outcome import Tokens
@@ -71,7 +72,7 @@ def scored(
     return effects(stream, (), {}, data, Tokens(), no_errors, done, scratch, SEED, caches=caches, **more)  # type: ignore[arg-type]
 
 
-def no_errors(layer: str, formats: Any) -> Tensor:
+def no_errors(layer: str, formats: Any) -> LayerErrors:
     raise AssertionError("no group of weights was asked for")
 
 

@@ -143,6 +143,27 @@ def test_gpt2_loads_on_its_own(tmp_path: Path) -> None:
         lowprec.load_artefact(tmp_path / "a", activations="library")
 
 
+def test_who_drops_each_weight_as_it_is_made_never_holds_them_all(tmp_path: Path) -> None:
+    given = parts(tiny.decoder("gpt2"), MIX)
+    write_own_form(tmp_path / "a", **given)
+    dense, seen = {}, []
+
+    def made(model: nn.Module, layer: str) -> None:
+        weights = {name: model.get_submodule(name).weight for name in MIX}
+        held = [name for name, weight in weights.items() if weight.untyped_storage().nbytes() > weight.itemsize]
+        assert held == [layer], "the others are not made yet, or dropped"
+        seen.append(layer)
+        dense[layer] = weights[layer]
+        model.get_submodule(layer).weight = nn.Parameter(torch.zeros(()).expand(weights[layer].shape))
+
+    dropped, _ = lowprec.load_artefact(tmp_path / "a", made=made)
+    assert seen == list(MIX)
+    whole, _ = lowprec.load_artefact(tmp_path / "a")
+    for name in MIX:
+        assert torch.equal(dense[name], whole.get_submodule(name).weight)
+        assert not dropped.get_submodule(name).weight.any()
+
+
 def test_plain_transformers_refuses_the_folder(tmp_path: Path) -> None:
     write_own_form(tmp_path / "a", **parts(tiny.decoder("gpt2"), MIX))
     with pytest.raises(OSError, match=r"model\.safetensors"):

@@ -16,6 +16,7 @@ from lowprec.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, scheme_named
 from lowprec.records import Group
 from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.steps.calibrate import calibrate
+from lowprec.steps.effects import LayerErrors
 from lowprec.steps.graph import find_groups
 from lowprec.steps.linear import weight_of
 from lowprec.steps.load import decoder_forward
@@ -50,10 +51,10 @@ def no_rounding(gathered: Sequence[tuple[Group, LayerStatistics]]) -> None:
 
 
 def rtn_errors(stream: Stream) -> Any:
-    def errors(layer: str, formats: Any) -> Tensor:
+    def errors(layer: str, formats: Any) -> LayerErrors:
         weight = weight_of(stream.layers[layer]).float()
         rounded = [SOLVERS["rtn"].solve(weight, WEIGHT_FORMATS[f], None).dequantize() for f in formats]
-        return torch.stack([r - weight for r in rounded])
+        return LayerErrors(parts=torch.stack([r - weight for r in rounded]))
 
     return errors
 
@@ -125,7 +126,7 @@ def reference_effects(stream: Stream, group: Group, data: list[Batch], seed: int
             row = logp[start : start + length].sum()
             start += length
             gradients = torch.autograd.grad(row, [layer.weight for layer in layers], retain_graph=True)
-            errors = [rtn_errors(stream)(name, ["int4-g64"])[0] for name in group.layers]
+            errors = [rtn_errors(stream)(name, ["int4-g64"]).parts[0] for name in group.layers]
             effects_of.append(sum(float((g * e).sum()) for g, e in zip(gradients, errors, strict=True)))
     return torch.tensor(effects_of)
 
@@ -161,7 +162,7 @@ def test_prediction_agrees_with_measurement(tmp_path: Path) -> None:
     for scheme in SCHEMES:
         overlay = {
             layer: Override(
-                weight=lambda x=layer, s=scheme: errors(x, [s.weight])[0] + weight_of(stream.layers[x]).float(),
+                weight=lambda x=layer, s=scheme: errors(x, [s.weight]).parts[0] + weight_of(stream.layers[x]).float(),
                 activation=scheme.activation,
             )
             for g in groups
@@ -181,7 +182,9 @@ def test_a_pair_measured_alone_equals_the_whole_model(tmp_path: Path) -> None:
     overlays = {}
     for group in (groups[1], groups[6], groups[-1]):
         overlays[group.name, "w4a16-g64"] = {
-            layer: Override(weight=lambda x=layer: errors(x, ["int4-g64"])[0] + weight_of(stream.layers[x]).float())
+            layer: Override(
+                weight=lambda x=layer: errors(x, ["int4-g64"]).parts[0] + weight_of(stream.layers[x]).float()
+            )
             for layer in group.layers
         }
     found = measure_pairs(stream, data, overlays, compare_tokens)
@@ -233,7 +236,7 @@ def test_vectors_are_scored_by_their_squared_error(tmp_path: Path) -> None:
     for name, group in zip(("0", "2"), groups, strict=True):
         changed = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
         changed.load_state_dict(model.state_dict())
-        changed.get_submodule(name).weight.data += errors(name, ["int4-g64"])[0]
+        changed.get_submodule(name).weight.data += errors(name, ["int4-g64"]).parts[0]
         x = torch.cat(data)
         with torch.no_grad():
             measured = float(0.5 * (changed(x) - model(x)).square().sum(1).mean())

@@ -138,6 +138,23 @@ def test_an_activation_override_rounds_the_input() -> None:
     torch.testing.assert_close(streamed(stream, ids), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_without_weights_of_its_own_is_cut_by_those_of_an_overlay(name: str) -> None:
+    model, ids = tiny.decoder(name).float(), tiny.batch()
+    stream = Stream(model, decoder_forward, ids[:1, :8])
+    expected, names = streamed(stream, ids), list(stream.layers)
+    kept = {layer: weight_of(stream.layers[layer]).clone() for layer in names}
+    overlay = {layer: Override(weight=lambda w=weight: w) for layer, weight in kept.items()}
+    for layer in names:
+        module = stream.layers[layer]
+        module.weight = nn.Parameter(torch.full((), torch.nan).expand(module.weight.shape), requires_grad=False)
+    hollow = Stream(model, decoder_forward, ids[:1, :8], overlay=overlay)
+    assert hollow.block_names == stream.block_names
+    assert all(hollow.calls[layer] for layer in names)
+    assert all(hollow.layers[layer].weight.untyped_storage().nbytes() == 4 for layer in names)
+    torch.testing.assert_close(streamed(hollow, ids, overlay), expected, rtol=0, atol=0)
+
+
 def test_weights_come_back_when_a_block_raises() -> None:
     model = tiny.decoder()
     stream = Stream(model, decoder_forward, tiny.batch(1, 8))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowprec
 import tiny
+from lowprec.artifacts.folder import RunFolder
 from lowprec.artifacts.loading import read_back
 from lowprec.artifacts.own_form import write_own_form
 from lowprec.artifacts.safetensors_io import read_header
@@ -27,14 +28,16 @@ from lowprec.runtime.table import QuantEmbedding, QuantHead
 from lowprec.settings import Settings
 from lowprec.steps.calibrate import Calibration, calibrate
 from lowprec.steps.cost import candidates, group_costs, time_shapes
+from lowprec.steps.effects import LayerErrors
 from lowprec.steps.frequency import token_frequency
 from lowprec.steps.graph import find_groups
+from lowprec.steps.linear import weight_of
 from lowprec.steps.load import decoder_forward, sentence_forward
 from lowprec.steps.measure import compare, compare_tokens, mean_kl, measure_pairs, run_through
 from lowprec.steps.outcome import Tokens
 from lowprec.steps.scratch import Scratch
-from lowprec.steps.sensitivity import effects
-from lowprec.steps.solve import overlay_of
+from lowprec.steps.sensitivity import Effects, effects
+from lowprec.steps.solve import Rounder, overlay_of
 from lowprec.steps.stream import Stream
 from lowprec.steps.tokens import Batch, TokenSet
 from lowprec.targets import TARGETS
@@ -177,8 +180,9 @@ def test_effects_of_head_and_table_are_the_gradient_of_the_tied_weight(name: str
     w = stream.layers["lm_head"].weight.detach().float()
     error = (tiny.rounded(w, "int4-g64").dequantize() - w).to(torch.bfloat16)
 
-    def errors(layer: str, formats: Any) -> Tensor:
-        return error[None] if layer == "lm_head" else torch.zeros(1, *stream.layers[layer].weight.shape)
+    def errors(layer: str, formats: Any) -> LayerErrors:
+        shape = stream.layers[layer].weight.shape
+        return LayerErrors(parts=error[None] if layer == "lm_head" else torch.zeros(1, *shape))
 
     scratch = Scratch(tmp_path / "s", "d")
     calibration = calibrate(stream, [head], data, Tokens(), lambda _: None, scratch, probing=2)
@@ -192,6 +196,34 @@ def test_effects_of_head_and_table_are_the_gradient_of_the_tied_weight(name: str
         (gradient,) = torch.autograd.grad(likelihood, tied)
         together = found.of("lm_head", scheme)[2 * position : 2 * position + 2].sum()
         assert float(together) == pytest.approx(float((gradient * error.float()).sum()), rel=1e-3)
+
+
+def test_rows_of_two_widths_are_scored_by_the_errors_of_the_formats_that_they_are_from(tmp_path: Path) -> None:
+    stream, groups, head = built()
+    data = batches(3)
+    names = ("w8a16", "w4a16-g64", "w4a16-g64-rows12", "w4a16-g64-rows50")
+    schemes = {"lm_head": tuple(scheme_named(name) for name in names)}
+    importance = torch.rand(head.n, generator=torch.Generator().manual_seed(1))
+    with RunFolder(tmp_path / "run") as folder:
+        rounder = Rounder(stream, groups, folder, {}, solver="rtn", frequency={"lm_head": lambda: importance})
+    by_rows = rounder.errors("lm_head", [str(scheme.weight) for scheme in schemes["lm_head"]])
+    assert len(by_rows.parts) == 2, "INT8 and INT4: others take their rows from these"
+
+    def whole(layer: str, formats: Any) -> LayerErrors:
+        weight = weight_of(stream.layers[layer]).float()
+        return LayerErrors(parts=torch.stack([rounder.rounded(layer, f).dequantize() - weight for f in formats]))
+
+    def effects_with(errors: Any, place: str) -> Effects:
+        scratch = Scratch(tmp_path / place, "d")
+        calibration = calibrate(stream, [head], data, Tokens(), lambda _: None, scratch, probing=2)
+        return effects(stream, [head], schemes, data[1:], Tokens(), errors, calibration, scratch, seed=5)
+
+    found, expected = effects_with(rounder.errors, "a"), effects_with(whole, "b")
+    assert found.columns == expected.columns
+    assert len(found.columns) == 8
+    # The errors are held in bfloat16.
+    assert torch.allclose(found.values, expected.values, rtol=2e-2, atol=1e-4 * float(expected.values.abs().max()))
+    assert len({tuple(column.tolist()) for column in found.values.T}) == 8
 
 
 def test_frequency_is_the_mean_probability() -> None:
@@ -276,10 +308,10 @@ def test_effects_of_an_embedding_are_the_gradient_of_its_weight(tmp_path: Path) 
     error = (tiny.rounded(w, "int4-g64").dequantize() - w).to(torch.bfloat16)
     scratch = Scratch(tmp_path / "s", "d")
     calibration = calibrate(stream, [group], data, Tokens(), lambda _: None, scratch, probing=2)
+    errors = LayerErrors(parts=error[None])
     found = effects(
-        stream, [group], {group.name: (scheme,)}, data[1:], Tokens(), lambda *_: error[None], calibration, scratch,
-        seed=5,
-    )  # fmt: skip
+        stream, [group], {group.name: (scheme,)}, data[1:], Tokens(), lambda *_: errors, calibration, scratch, seed=5
+    )
     model = tiny.decoder("llama-untied").float()
     for position, batch in enumerate(data[1:]):
         generator = torch.Generator().manual_seed(5 * 1_000_003 + position)

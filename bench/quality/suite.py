@@ -121,10 +121,11 @@ OURS = (
     replace(HEALED, scheme="w4a8-int8-g64", smoothed=True, rotated=True),
     replace(HEALED, scheme="w4a8-int8-g64", two_sided=True, rotated=True),
 )
+TWO_SIDED, HEALED_TWO_SIDED = (replace(kind, two_sided=True) for kind in (COMPENSATED, HEALED))
 OURS_OF_ENCODERS = tuple(
     replace(kind, scheme=scheme)
     for scheme in ("w4a16-g64", "w4a16-g32-asym", "w3a16-g64", "w8a16", "w8a8-int8")
-    for kind in (PLAIN, COMPENSATED, HEALED)
+    for kind in (PLAIN, COMPENSATED, HEALED, TWO_SIDED, HEALED_TWO_SIDED)
 )
 # (peer, name, arguments of its worker, bits and group size first)
 PEERS = (

@@ -22,7 +22,7 @@ scored with, which are also those of vLLM's kernels; `activations="library"` lea
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from compressed_tensors.quantization.lifecycle import apply as ct_apply
 from torch import Tensor, nn
 
 from lowprec.artifacts.compressed_tensors import INDEX, OWN_FORM, recover
-from lowprec.artifacts.ct_checks import architecture_of
+from lowprec.artifacts.ct_checks import architecture_of, skeleton_of
 from lowprec.artifacts.own_form import Manifest, form_of, kept_tensors, read_own_form
 from lowprec.artifacts.packed import unpack
 from lowprec.artifacts.safetensors_io import load_tensors, read_header
@@ -54,6 +54,8 @@ from lowprec.runtime.serving_cache import serve_cache
 Activations = Literal["planned", "library"]
 MARK = "lowprec_artefact"
 """Attribute of a module that names the artefact (`Manifest.key`) that was put into it."""
+Made = Callable[[nn.Module, str], None]
+"""Told, with the whole model, of each layer whose dense weight has just been made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -170,8 +172,16 @@ def quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
+def _unheard(model: nn.Module, layer: str) -> None:
+    pass
+
+
 def load_artefact(
-    path: Path | str, dtype: torch.dtype = torch.float32, *, activations: Activations = "planned"
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    activations: Activations = "planned",
+    made: Made = _unheard,
 ) -> tuple[Any, Any]:
     """Loads the artefact as a model of dense weights, through plain transformers where the form is theirs.
 
@@ -179,6 +189,8 @@ def load_artefact(
         path: the artefact's folder.
         dtype: what weights and computation are in; float32 makes the weights exactly `codes * scale`.
         activations: who rounds them; see the module's docstring. lowprec's own form knows "planned" alone.
+        made: called with the model and a layer's name as soon as that layer's dense weight is there. Who then drops it
+            never holds the whole model in `dtype`.
 
     Returns:
         The model in eval mode, and the tokenizer or None when the folder has none. Where the KV cache was judged in 8
@@ -199,9 +211,9 @@ def load_artefact(
             _files_of(path)
             planned = activations == "planned"
             model = _built(path, dtype, said=() if planned else cache, unsaid=cache if planned else ())
-            _decompress(model, schemes if planned else None)
+            _decompress(model, schemes if planned else None, made)
         elif activations == "planned":
-            model = _load_own(path, dtype)
+            model = _load_own(path, dtype, made)
         else:
             raise ConfigError(f"{path} is in lowprec's own form: load it with activations='planned'")
         tokenizer = None
@@ -216,11 +228,10 @@ def _built(
     path: Path,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
-    absent: frozenset[str] = frozenset(),
     said: tuple[RoundedPart, ...] = (),
     unsaid: tuple[RoundedPart, ...] = (),
 ) -> Any:
-    """The model of the folder's configuration with its weights, or with those in `state`, which lacks `absent`.
+    """The model of the folder's configuration with its weights, or with those in `state`.
 
     What the folder says of its KV cache is left to the library where it is `said`, and kept from it where `unsaid`.
     """
@@ -235,7 +246,6 @@ def _built(
         local_files_only=True,
         output_loading_info=True,
     )
-    info["missing_keys"] = set(info["missing_keys"]) - absent
     info["unexpected_keys"] = set(info["unexpected_keys"]) - {e.name for e in cache_entries((*said, *unsaid))}
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
@@ -243,7 +253,7 @@ def _built(
     return model
 
 
-def _load_own(path: Path, dtype: torch.dtype) -> Any:
+def _load_own(path: Path, dtype: torch.dtype, made: Made) -> Any:
     manifest, solved = read_own_form(path)
     if manifest.form == "lowprec-layers":
         raise ArtifactError(
@@ -252,12 +262,14 @@ def _load_own(path: Path, dtype: torch.dtype) -> Any:
             "lowprec.apply_artefact(module, path)",
         )
     _config_of(path)
-    absent = frozenset(f"{name}.weight" for layer in manifest.layers for name in layer.names)
-    model = _built(path, dtype, kept_tensors(path, manifest), absent)
-    return put_into(model, manifest, solved)
+    stored = skeleton_of(transformers.AutoConfig.from_pretrained(path, local_files_only=True)).tensors
+    rounded = [f"{name}.weight" for layer in manifest.layers for name in layer.names]
+    # Else the library would fill all of them with random numbers: twice the time, and all of the model in `dtype`.
+    state = {name: torch.zeros((), dtype=dtype).expand(stored[name][0]) for name in rounded if name in stored}
+    return put_into(_built(path, dtype, state | kept_tensors(path, manifest)), manifest, solved, made=made)
 
 
-def _decompress(model: Any, planned: dict[str, Scheme] | None) -> None:
+def _decompress(model: Any, planned: dict[str, Scheme] | None, made: Made) -> None:
     """Makes every weight dense; `planned` makes the layers ordinary ones that round their input as it says."""
     for layer, module in model.named_modules():
         if not hasattr(module, "quantization_scheme"):
@@ -268,13 +280,19 @@ def _decompress(model: Any, planned: dict[str, Scheme] | None) -> None:
         activation = None if planned is None else planned[layer].activation
         if activation is not None:
             module.register_forward_pre_hook(RoundInput(format=activation, scale=scale))
+        made(model, layer)
     # The library would do the same at the first forward pass, and not at all when a submodule is called directly.
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.compressor.remove_decompression_hook(model)
 
 
 def apply_artefact(
-    module: nn.Module, path: Path | str, *, runtime: bool = False, dtype: torch.dtype | None = None
+    module: nn.Module,
+    path: Path | str,
+    *,
+    runtime: bool = False,
+    dtype: torch.dtype | None = None,
+    made: Made = _unheard,
 ) -> nn.Module:
     """Puts the layers of an artefact of lowprec's own form into `module`, in place, and returns it.
 
@@ -287,6 +305,7 @@ def apply_artefact(
             fastest here (each shape is timed once, now).
         dtype: what all of the module is cast to; None leaves it. In float32 the dense weights are exactly
             `codes * scale`.
+        made: see `load_artefact`.
 
     Raises:
         ArtifactError: a missing or damaged artefact, or one of another form.
@@ -306,7 +325,7 @@ def apply_artefact(
     if dtype is not None:
         module.to(dtype)
     serve_cache(module, read_cache(path))
-    return put_into(module, manifest, solved, runtime)
+    return put_into(module, manifest, solved, runtime, made)
 
 
 def _check_belongs(module: nn.Module, path: Path, manifest: Manifest) -> None:
@@ -335,7 +354,11 @@ def _check_belongs(module: nn.Module, path: Path, manifest: Manifest) -> None:
 
 
 def put_into(
-    module: nn.Module, manifest: Manifest, solved: Mapping[str, QuantizedWeight], runtime: bool = False
+    module: nn.Module,
+    manifest: Manifest,
+    solved: Mapping[str, QuantizedWeight],
+    runtime: bool = False,
+    made: Made = _unheard,
 ) -> nn.Module:
     """Replaces the layers without asking whose they are; see `apply_artefact`."""
     layers = weighted_modules(module)
@@ -356,6 +379,7 @@ def put_into(
             for name in layer.tables:
                 embedding: Any = module.get_submodule(name)
                 embedding.weight = layers[layer.name].weight
+            made(module, layer.name)
     setattr(module, MARK, manifest.key)
     return module
 

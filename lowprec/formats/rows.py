@@ -100,11 +100,15 @@ class MixedRows:
         coarse = self._coarse
         return (codes.amin(1) < coarse.qmin) | (codes.amax(1) > coarse.qmax)
 
+    def fine_mask(self, importance: Tensor) -> Tensor:
+        """[N] -> [N] bool, True for the rows where it is largest."""
+        rows = torch.zeros(len(importance), dtype=torch.bool)
+        rows[torch.topk(importance, self.fine_rows(len(rows))).indices] = True
+        return rows
+
     def mixed(self, fine: QuantizedWeight, coarse: QuantizedWeight, importance: Tensor) -> QuantizedWeight:
         """The same weight [N, K] in both grids, importance [N] -> fine rows where it is largest."""
-        n = len(fine.codes)
-        rows = torch.zeros(n, dtype=torch.bool)
-        rows[torch.topk(importance, self.fine_rows(n)).indices] = True
+        rows = self.fine_mask(importance)
         codes = torch.where(rows[:, None], fine.codes, coarse.codes)
         return QuantizedWeight(
             format=self.name, codes=codes, scale=torch.where(rows[:, None], fine.scale, coarse.scale).contiguous()

@@ -105,8 +105,7 @@ def export(chosen: Chosen) -> Loaded:
             weight_bytes=written.weight_bytes,
             notes=written.runtime_notes,
         )
-        stream = _load(chosen, artefact)
-        overlay = _held_as_codes(stream, artefact.solved, tables_of(chosen))
+        stream, overlay = _load(chosen, artefact)
     if context.runtime is None:
         return Loaded(artefact=artefact, stream=stream, overlay=overlay)
     artefact = dataclasses.replace(artefact, deployed=deploy(chosen, context.runtime, path))
@@ -177,10 +176,10 @@ def _own_form(chosen: Chosen, path: Path, error: UnsupportedError, parts: Mappin
     return dataclasses.replace(written, runtime_notes=notes)
 
 
-def _load(chosen: Chosen, artefact: Artefact) -> Stream:
+def _load(chosen: Chosen, artefact: Artefact) -> tuple[Stream, Overlay]:
     """The artefact as its user loads it, in float32; layers alone go into a copy of the user's module."""
     context = chosen.prepared.context
-    model = context.model
+    model, held = context.model, _HeldAsCodes(artefact.solved, tables_of(chosen))
     if artefact.form == "lowprec-layers":
         try:
             module = copy.deepcopy(model.module)
@@ -189,16 +188,18 @@ def _load(chosen: Chosen, artefact: Artefact) -> Stream:
                 f"{model.name} cannot be copied to load its artefact into ({error}); give it without locks, open files "
                 "and tensors that carry gradients"
             ) from error
-        apply_artefact(module, artefact.path, dtype=torch.float32)
+        apply_artefact(module, artefact.path, dtype=torch.float32, made=held.take)
     else:
-        module, _ = load_artefact(artefact.path)
-    stream = Stream(module, model.forward, example(chosen.prepared.splits), device=context.settings.calibration_device)
+        module, _ = load_artefact(artefact.path, made=held.take)
+    give_back_memory()
+    shown, device = example(chosen.prepared.splits), context.settings.calibration_device
+    stream = Stream(module, model.forward, shown, device=device, overlay=held.overlay)
     if unused := [layer for layer in artefact.solved if not stream.calls[layer]]:
         # Else the original's answers would be judged in the place of the artefact's.
         raise ModelError(
             f"forward(module, batch) does not run {unused[0]} of the module that it is given; let it do so"
         )
-    return stream
+    return stream, held.overlay
 
 
 def tables_of(chosen: Chosen) -> dict[str, tuple[str, ...]]:
@@ -207,24 +208,26 @@ def tables_of(chosen: Chosen) -> dict[str, tuple[str, ...]]:
     return {layer: tuple(name for name in tables if name != layer) for layer, tables in shared.items()}
 
 
-def _held_as_codes(
-    stream: Stream, solved: Mapping[str, QuantizedWeight], tables: Mapping[str, Sequence[str]]
-) -> Overlay:
+class _HeldAsCodes:
     """Drops each dense weight that is exactly what its codes say, and has the codes make it again when it is needed.
 
     A dense weight takes four bytes where its code takes one. One that differs stays, so that it is what is judged.
     """
-    overlay: dict[str, Override] = {}
-    for layer, weight in solved.items():
+
+    def __init__(self, solved: Mapping[str, QuantizedWeight], tables: Mapping[str, Sequence[str]]) -> None:
+        self._solved, self._tables = solved, tables
+        self.overlay: dict[str, Override] = {}
+
+    def take(self, model: nn.Module, layer: str) -> None:
+        """Looks at a layer whose weight has just been made."""
         # One maker, so that a head and its table are made once.
-        make = weight.dequantize
-        shared = [(name, stream.tables[name]) for name in tables.get(layer, ())]
-        for name, module in [(layer, stream.weighted[layer]), *shared]:
-            if torch.equal(weight_of(module).float(), make()):
-                overlay[name] = Override(weight=make)
-                module._parameters["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
-    give_back_memory()
-    return overlay
+        make = self._solved[layer].dequantize
+        found = make()
+        for name in (layer, *self._tables.get(layer, ())):
+            module: Any = model.get_submodule(name)
+            if torch.equal(weight_of(module).float(), found):
+                self.overlay[name] = Override(weight=make)
+                module.weight = nn.Parameter(module.weight.new_zeros(()).expand_as(module.weight), requires_grad=False)
 
 
 def input_scales(chosen: Chosen) -> dict[str, Tensor]:

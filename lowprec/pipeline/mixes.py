@@ -33,7 +33,8 @@ from lowprec.steps.metrics import tuning_loss
 from lowprec.steps.pooling import pooled
 from lowprec.steps.scratch import Scratch
 from lowprec.steps.solve import overlay_of
-from lowprec.steps.stream import Overlay
+from lowprec.steps.stream import NOTHING, Overlay
+from lowprec.steps.tokens import portions_of
 from lowprec.steps.verify import Measured, Round
 
 PLAIN, COMPENSATED, HEALED = "plain", "compensated", "healed"
@@ -81,17 +82,36 @@ class Tuning:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
+        self._portions = portions_of(prepared.tuning.batches)
 
     @cached_property
-    def _reference(self) -> Run:
-        return run_through(self._prepared.stream, self._prepared.tuning.batches)
+    def _kept(self) -> Scratch:
+        """What the reference makes of each portion: on disk, since on a small budget there is much text."""
+        prepared = self._prepared
+        key = digest(prepared.tuning.data.digest, *prepared.inputs.values())
+        return Scratch(prepared.context.folder.path / "work-tuning", key)
+
+    def clear(self) -> None:
+        """Forgets what the reference made, until it is needed again."""
+        self._kept.clear()
+
+    def _reference(self, number: int) -> Run:
+        stream, some = self._prepared.stream, self._portions[number]
+        if (hidden := self._kept.load(str(number))) is not None:
+            return Run(stream=stream, hidden=hidden, overlay=NOTHING)
+        run = run_through(stream, some)
+        self._kept.save(str(number), run.hidden)
+        return run
 
     def measure(self, overlay: Overlay) -> Measured:
         """Loss, its upper bound, and KL of the model under `overlay`."""
         context, tuning = self._prepared.context, self._prepared.tuning
-        reference, metric = self._reference, context.metric
-        candidate = run_through(self._prepared.as_stored, tuning.batches, overlay)
-        table = compare(reference, [candidate], tuning.batches, metric.compare(tuning.data))[0]
+        metric, tables = context.metric, []
+        for number, some in enumerate(self._portions):
+            reference = self._reference(number)
+            candidate = run_through(self._prepared.as_stored, some, overlay)
+            tables += compare(reference, [candidate], some, metric.compare(tuning.data))
+        table = torch.cat(tables)
         seed, looks = context.settings.seed, self._prepared.looks
         return tuning_loss(metric, table, tuning.data, tuning.batches, self._judged, seed, looks)
 
@@ -180,15 +200,20 @@ class Mixes:
         # Also those of earlier budgets, whose measurements on another text are not known any more.
         others = [name for name in folder.solved_names() if (found := OF_A_MIX.search(name)) and found[1] not in kept]
         folder.forget_solved(others)
-        self._outputs.clear()
+        self._forget()
         return solved
 
     def kept(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding, which is found now if need be; forgets nothing."""
         self.measure(Allocation(schemes=tuple(schemes.items()), loss=0.0, cost=0.0))
         solved = self._rounded(schemes, self.rounding_of(schemes))
-        self._outputs.clear()
+        self._forget()
         return solved
+
+    def _forget(self) -> None:
+        """What is on disk for mixes that are still to come."""
+        self._outputs.clear()
+        self._tuning.clear()
 
     def _better(self, schemes: Mapping[str, str]) -> MeasuredMix:
         """The best rounding that the effort pays for, gated on tuning data: never worse than what it started from."""

@@ -10,6 +10,7 @@ each per sequence of a batch, summed over the layers of a group; `lowprec.steps.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,10 +30,39 @@ Key = tuple[str, str, str]
 """(group, "weight", "activation" or "table", format), or (place, "cache", format)."""
 Row = dict[Key, Tensor]
 """The effects of one batch, [B] each."""
-Errors = Callable[[str, Sequence[str]], Tensor]
-"""(layer, weight formats) -> [formats, N, K] bfloat16, the solved minus the original weight."""
-
 CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerErrors:
+    """The solved minus the original weight of one layer, in F formats.
+
+    Formats that take each row from one of others (`lowprec.formats.rows`) have no errors of their own: a table of a
+    vocabulary is large, and offered with many shares of fine rows.
+
+    Attributes:
+        parts: [P, N, K] bfloat16, in formats of their own.
+        choice: [F, N] int64, which part each row of each format is from; None: the formats are the parts.
+    """
+
+    parts: Tensor
+    choice: Tensor | None = None
+
+    def to(self, device: torch.device) -> "LayerErrors":
+        """On that device."""
+        choice = None if self.choice is None else self.choice.to(device)
+        return LayerErrors(parts=self.parts.to(device), choice=choice)
+
+    def summed(self, effects: Tensor, rows: slice | Tensor) -> Tensor:
+        """Effects [R, P, B] of the parts' rows with these numbers -> [F, B], those of the formats, summed over rows."""
+        if self.choice is None:
+            return effects.sum(0)
+        choice = self.choice[:, rows]
+        return effects[torch.arange(len(effects), device=choice.device), choice].sum(1)
+
+
+Errors = Callable[[str, Sequence[str]], LayerErrors]
+"""(layer, weight formats) -> what rounding changes of it."""
 
 
 class Probe:
@@ -193,25 +223,27 @@ def _starts_gradient(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x if x.requires_grad else x.detach().requires_grad_(), *args[1:])
 
 
-def _weight_effects(x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
-    """x [B, T, K], output gradients g [B, T, N], errors [F, N, K] -> [B, F]: <dW_f, g_b^T x_b>, in slices of N."""
+def _weight_effects(x: Tensor, g: Tensor, errors: LayerErrors) -> Tensor:
+    """x [B, T, K], output gradients g [B, T, N] -> [B, F]: <dW_f, g_b^T x_b>, in slices of N."""
     if x.ndim == 2:
         x, g = x[:, None], g[:, None]
     x, g = x.reshape(x.shape[0], -1, x.shape[-1]), g.reshape(g.shape[0], -1, g.shape[-1])
-    formats, n, k = errors.shape
-    total = torch.zeros(x.shape[0], formats, device=x.device)
-    step = max(1, CHUNK_ELEMENTS // (k * (x.shape[0] + formats)))
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
+    parts, n, k = errors.parts.shape
+    step = max(1, CHUNK_ELEMENTS // (k * (x.shape[0] + parts)))
+    slices = [slice(start, start + step) for start in range(0, n, step)]
+
+    def of(rows: slice) -> Tensor:
         gradient = torch.bmm(g[:, :, rows].transpose(1, 2), x)
         # Row by row, then summed: one product over all N K is four times as slow, its inner dimension being so long.
-        by_row = torch.bmm(errors[:, rows].float().transpose(0, 1), gradient.permute(1, 2, 0))
-        total += by_row.sum(0).T
-    return total
+        by_row = torch.bmm(errors.parts[:, rows].float().transpose(0, 1), gradient.permute(1, 2, 0))
+        return errors.summed(by_row, rows)
+
+    return torch.stack([of(rows) for rows in slices]).sum(0).T
 
 
-def _table_effects(table: nn.Embedding, ids: Tensor, gradient: Tensor, errors: Tensor) -> Tensor:
-    """ids [B, T], gradients of what was read [B, T, K], errors [F, N, K] -> [B, F]: sum over t of <dW_f[id_t], g_t>."""
-    read = (read_as(table, error[ids.flatten()].float(), ids.shape) for error in errors)
-    columns = [(change * gradient).flatten(1).sum(1) for change in read]
-    return torch.stack(columns, 1)
+def _table_effects(table: nn.Embedding, ids: Tensor, gradient: Tensor, errors: LayerErrors) -> Tensor:
+    """ids [B, T], gradients of what was read [B, T, K] -> [B, F]: sum over t of <dW_f[id_t], g_t>."""
+    read = (read_as(table, part[ids.flatten()].float(), ids.shape) for part in errors.parts)
+    # [B, T, P]: each sequence reads rows of its own.
+    by_token = torch.stack([(change * gradient).sum(-1) for change in read], -1)
+    return torch.stack([errors.summed(e[..., None], i) for e, i in zip(by_token, ids, strict=True)])[..., 0]

@@ -23,8 +23,8 @@ from lowprec.steps.measure import run_through
 from lowprec.steps.stream import Stream, fast_dtype
 from lowprec.steps.tokens import Batch, TokenSet
 
-BATCH_TOKENS = 2048
-ROWS_AT_ONCE = 512
+BATCH_TOKENS = 512
+ROWS_AT_ONCE = 128
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ Everything streams: a candidate is a stream, an overlay, and the hidden states b
 only from some block on starts from the reference's hidden states there (`measure_pairs`).
 """
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,8 @@ from torch import Tensor
 from lowprec.steps.calibrate import Progress
 from lowprec.steps.memory import trim
 from lowprec.steps.scores import PairedScores, token_scores
-from lowprec.steps.stream import NOTHING, Call, Overlay, Stream
-from lowprec.steps.tokens import TokenSet
+from lowprec.steps.stream import NOTHING, Call, Overlay, Stream, Swap
+from lowprec.steps.tokens import TokenSet, portions_of
 
 Compare = Callable[[Tensor, Tensor, Any], Tensor]
 """(reference output, output, batch) -> [B, columns]; the last column is KL in nats, or what stands for it."""
@@ -64,37 +66,24 @@ def _entered(stream: Stream, batches: Sequence[Any], overlay: Overlay = NOTHING)
 def compare(reference: Run, candidates: Sequence[Run], batches: Sequence[Any], by: Compare) -> list[Tensor]:
     """[rows of all batches, columns] for each candidate."""
     rows: list[list[Tensor]] = [[] for _ in candidates]
-    # The heads' weights are dequantised once, not once a batch.
-    overlays = [_kept(c.overlay, c.stream) for c in candidates]
-    with reference.stream.outer():
-        streams = {id(c.stream): c.stream for c in candidates if c.stream is not reference.stream}
-        opened = [stream.outer() for stream in streams.values()]
-        for context in opened:
-            context.__enter__()
-        try:
-            for position, batch in enumerate(batches):
-                expected = reference.stream.leave(reference.hidden[position], batch)
-                for candidate, overlay, into in zip(candidates, overlays, rows, strict=True):
-                    with candidate.stream.outer(overlay):
-                        output = candidate.stream.leave(candidate.hidden[position], batch)
-                        into.append(by(expected, output, batch).cpu())
-        finally:
-            for context in opened:
-                context.__exit__(None, None, None)
+    # Weights of the reference are made once, not once a batch; of candidates as well, unless there are many to hold.
+    mine, theirs = reference.stream.outer(), [_outside(c) for c in candidates]
+    for position, batch in enumerate(batches):
+        with mine:
+            expected = reference.stream.leave(reference.hidden[position], batch)
+        for index, candidate in enumerate(candidates):
+            opened = theirs[index] if len(candidates) == 1 else _outside(candidate)
+            # Opened within the reference's, weights that both have are not made again.
+            with mine if len(candidates) > 1 else contextlib.nullcontext(), opened:
+                output = candidate.stream.leave(candidate.hidden[position], batch)
+            rows[index].append(by(expected, output, batch).cpu())
     return [torch.cat(found) for found in rows]
 
 
-def _kept(overlay: Overlay, stream: Stream) -> Overlay:
-    if stream.whole:
-        return NOTHING
-    outside = {name: o for name, o in overlay.items() if stream.block_of(name) is None}
-    # A head and its table have one maker between them, and so have what it makes.
-    made = {id(o.weight): _constant(o.weight()) for o in outside.values() if o.weight}
-    return {name: dataclasses.replace(o, weight=made.get(id(o.weight))) for name, o in outside.items()}
-
-
-def _constant(weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: weight
+def _outside(run: Run) -> Swap:
+    """The run's model outside its blocks."""
+    stream = run.stream
+    return stream.outer({name: o for name, o in run.overlay.items() if stream.block_of(name) is None})
 
 
 def compare_tokens(reference: Tensor, output: Tensor, batch: Any) -> Tensor:
@@ -156,6 +145,22 @@ def measure_pairs(
     Each pair starts at its first block from the reference's hidden states, so the blocks before it cost nothing; one
     that changes what stands before the blocks goes through all of them.
     """
+    portions, done = portions_of(batches, len(overlays)), itertools.count(1)
+    tables = [
+        _compared_pairs(stream, some, overlays, by, lambda: progress(next(done), stream.depth * len(portions)))
+        for some in portions
+    ]
+    return {pair: mean_kl(torch.cat([table[pair] for table in tables])) for pair in overlays}
+
+
+def _compared_pairs(
+    stream: Stream,
+    batches: Sequence[Any],
+    overlays: Mapping[tuple[str, str], Overlay],
+    by: Compare,
+    passed: Callable[[], None],
+) -> dict[tuple[str, str], Tensor]:
+    """The comparison's table of each pair; `passed` is told of each block."""
     hidden, calls = _entered(stream, batches)
     own = {pair: {_block(stream, name) for name in overlay} for pair, overlay in overlays.items()}
     first = {pair: min(blocks) for pair, blocks in own.items()}
@@ -176,13 +181,11 @@ def measure_pairs(
                 changed[pair] = dataclasses.replace(run, hidden=after)
             hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
         trim()
-        progress(index + 1, stream.depth)
+        passed()
     for pair in (p for p, block in first.items() if block >= stream.depth):
         changed[pair] = Run(stream=stream, hidden=hidden, overlay=overlays[pair])
     reference = Run(stream=stream, hidden=hidden, overlay=NOTHING)
-    pairs = list(changed)
-    tables = compare(reference, [changed[pair] for pair in pairs], batches, by)
-    return {pair: mean_kl(table) for pair, table in zip(pairs, tables, strict=True)}
+    return dict(zip(changed, compare(reference, list(changed.values()), batches, by), strict=True))
 
 
 def _block(stream: Stream, layer: str) -> int:

@@ -111,7 +111,8 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient), None
+        # In place: it is as large as the logits. A second pass backwards would be refused.
+        return gradient.mul_(outer[0].to(gradient)), None
 
 
 def _summed(logits: Tensor, score: Score) -> Tensor:

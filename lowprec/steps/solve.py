@@ -29,6 +29,7 @@ from lowprec.solvers.gptq import DAMPING, Gptq
 from lowprec.solvers.latent import latent_codes
 from lowprec.solvers.two_sided import TwoSided
 from lowprec.steps.calibrate import Calibration
+from lowprec.steps.effects import LayerErrors
 from lowprec.steps.linear import output_width, weight_of
 from lowprec.steps.stream import Overlay, Override, Stream
 from lowprec.transforms import Smoothed, keys_of
@@ -184,12 +185,15 @@ class Rounder:
     def _weight(self, layer: str) -> Tensor:
         return weight_of(self._stream.weighted[layer]).float()
 
+    def _row_importance(self, layer: str) -> Tensor:
+        return self._frequency[self._group_of[layer].name]()
+
     def rounded(self, layer: str, fmt: str) -> QuantizedWeight:
         """The layer in `fmt` as calibration rounded it."""
         mixed = WEIGHT_FORMATS[_bare(fmt)]
         if isinstance(mixed, MixedRows):
-            frequency = self._frequency[self._group_of[layer].name]()
-            return mixed.mixed(self.rounded(layer, FINE), self.rounded(layer, mixed.coarse), frequency)
+            fine, coarse = (self.rounded(layer, part) for part in _parts(fmt))
+            return mixed.mixed(fine, coarse, self._row_importance(layer))
         group = self._group_of[layer]
         solver = SOLVERS[self.solver_of(group, fmt)]
         if not solver.needs_statistics:
@@ -202,14 +206,28 @@ class Rounder:
             raise LookupError(f"{key} has not been solved; this is a bug")
         return solved[layer]
 
-    def errors(self, layer: str, formats: Sequence[str]) -> Tensor:
-        """[formats, N, K] bfloat16: what rounding changed of the layer's weight."""
+    def errors(self, layer: str, formats: Sequence[str]) -> LayerErrors:
+        """What rounding changes of the layer's weight."""
         weight = self._weight(layer)
-        found = torch.empty(len(formats), *weight.shape, dtype=torch.bfloat16)
+        plain = list(dict.fromkeys(part for fmt in formats for part in _parts(fmt)))
+        found = torch.empty(len(plain), *weight.shape, dtype=torch.bfloat16)
         # One after the other: all formats of a large head in float32 would be the most memory that a run takes.
-        for into, fmt in zip(found, formats, strict=True):
+        for into, fmt in zip(found, plain, strict=True):
             into.copy_(self.rounded(layer, fmt).dequantize().sub_(weight))
-        return found
+        if plain == list(formats):
+            return LayerErrors(parts=found)
+        choice = torch.empty(len(formats), len(weight), dtype=torch.long)
+        for row, fmt in zip(choice, formats, strict=True):
+            row.copy_(self._from_parts(layer, fmt, plain))
+        return LayerErrors(parts=found, choice=choice)
+
+    def _from_parts(self, layer: str, fmt: str, plain: Sequence[str]) -> Tensor:
+        """Which of the formats `plain` each row of the layer is in, or the one that all are in."""
+        *_, coarse = parts = [plain.index(part) for part in _parts(fmt)]
+        mixed = WEIGHT_FORMATS[_bare(fmt)]
+        if not isinstance(mixed, MixedRows):
+            return torch.tensor(coarse)
+        return torch.where(mixed.fine_mask(self._row_importance(layer)), parts[0], coarse)
 
     def overlay(self, schemes: Mapping[str, Scheme], calibration: Calibration) -> dict[str, Override]:
         """What the model computes with when `schemes` (group -> scheme) hold, rounded as calibration did."""
@@ -232,10 +250,15 @@ def _bare(key: str) -> str:
     return key.removesuffix(MARK)
 
 
+def _parts(fmt: str) -> tuple[str, ...]:
+    """The keys that the rows of `fmt` are from: of two widths the fine and the coarse one, else itself."""
+    found = WEIGHT_FORMATS[_bare(fmt)]
+    return (FINE, found.coarse) if isinstance(found, MixedRows) else (fmt,)
+
+
 def _solved_as(fmt: str) -> str:
     """The key whose solution on disk `fmt` is made from."""
-    found = WEIGHT_FORMATS[_bare(fmt)]
-    return found.coarse if isinstance(found, MixedRows) else fmt
+    return _parts(fmt)[-1]
 
 
 Weights = Mapping[str, Callable[[], Tensor] | None]

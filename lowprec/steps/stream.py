@@ -17,6 +17,7 @@ block; everything works, only without the saving.
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,39 @@ class _Stub(nn.Module):
         return (out,) if self.__dict__["_as_tuple"] else out
 
 
+Place = tuple[dict[str, Any], str, Any]
+"""A module's table of tensors, the name of one, and what stands in its place."""
+Hooked = Callable[[], Any]
+"""Registers a hook, and returns its handle."""
+
+
+class Swap(contextlib.AbstractContextManager[None]):
+    """Other tensors, and hooks, in a part of a model while open.
+
+    They are made when it is first opened, and kept for the next time.
+    """
+
+    def __init__(self, make: Callable[[], tuple[list[Place], list[Hooked]]]) -> None:
+        self._make = make
+        self._made: tuple[list[Place], list[Hooked]] | None = None
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        if self._made is None:
+            self._made = self._make()
+        places, hooks = self._made
+        with contextlib.ExitStack() as opened:
+            for table, name, new in places:
+                opened.callback(table.__setitem__, name, table[name])
+                table[name] = new
+            for hook in hooks:
+                opened.callback(hook().remove)
+            self._opened = opened.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
 class Stream:
     """Runs `module` block by block.
 
@@ -103,6 +137,7 @@ class Stream:
         example: a small batch, to find the cut with.
         device: where blocks are computed.
         dtype: compute dtype.
+        overlay: what makes the weights that the module itself does not hold.
     """
 
     def __init__(
@@ -112,6 +147,7 @@ class Stream:
         example: Any,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        overlay: Overlay = NOTHING,
     ) -> None:
         self.module = module.eval()
         self.device = torch.device(device)
@@ -127,9 +163,28 @@ class Stream:
         self.calls: dict[str, tuple[int, ...]] = {}
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        self._list, self.block_names = self._find_blocks(example)
+        with self._weighing(overlay):
+            self._list, self.block_names = self._find_blocks(example)
 
     # The cut
+
+    @contextlib.contextmanager
+    def _weighing(self, overlay: Overlay) -> Iterator[None]:
+        """Each layer has the overlay's weight while it runs, one layer at a time."""
+        handles = []
+        for name, override in overlay.items():
+            if override.weight is not None:
+                module = self.module.get_submodule(name)
+                fill, empty = _weight_hooks(module, override.weight)
+                handles += [
+                    module.register_forward_pre_hook(fill),
+                    module.register_forward_hook(empty, always_call=True),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _find_blocks(self, example: Any) -> tuple[nn.ModuleList | None, tuple[str, ...]]:
         lists = {name: m for name, m in self.module.named_modules() if isinstance(m, nn.ModuleList)}
@@ -184,56 +239,47 @@ class Stream:
     def block(self, index: int, overlay: Overlay = NOTHING) -> Iterator[nn.Module]:
         """Block `index` in the compute dtype, with the overlay's weights and rounded activations."""
         block = self.module if self._list is None else self._list[index]
-        with self._swapped(block, overlay, set()):
+        with Swap(lambda: self._replaced(block, overlay, set())):
             yield block
 
-    @contextlib.contextmanager
-    def outer(self, overlay: Overlay = NOTHING) -> Iterator[None]:
-        """Everything outside the blocks (embeddings, norms, head) in the compute dtype."""
+    def outer(self, overlay: Overlay = NOTHING) -> "Swap":
+        """Everything outside the blocks (embeddings, norms, head) in the compute dtype, each time that it is opened."""
         if self._list is None:
-            yield
-            return
+            return Swap(lambda: ([], []))
         inside = {id(m) for m in self._list.modules()}
-        with self._swapped(self.module, overlay, inside):
-            yield
+        return Swap(lambda: self._replaced(self.module, overlay, inside))
 
-    @contextlib.contextmanager
-    def _swapped(self, root: nn.Module, overlay: Overlay, leave_alone: set[int]) -> Iterator[None]:
-        put_back: list[tuple[dict[str, Any], str, Any]] = []
-        handles = []
+    def _replaced(self, root: nn.Module, overlay: Overlay, leave_alone: set[int]) -> tuple[list[Place], list[Hooked]]:
+        """What stands in the place of the tensors below `root` in the compute dtype, and what hooks the overlay asks
+        for.
+        """
+        places: list[Place] = []
+        hooks: list[Hooked] = []
         copies: dict[int, nn.Parameter] = {}
-        try:
-            for module in root.modules():
-                if id(module) in leave_alone:
+        for module in root.modules():
+            if id(module) in leave_alone:
+                continue
+            override = overlay.get(self._overlaid[module]) if module in self._overlaid else None
+            for name, parameter in module._parameters.items():
+                if parameter is None:
                     continue
-                override = overlay.get(self._overlaid[module]) if module in self._overlaid else None
-                for name, parameter in module._parameters.items():
-                    if parameter is None:
-                        continue
-                    put_back.append((module._parameters, name, parameter))
-                    if override is not None and override.weight is not None and name == "weight":
-                        # A head and the table that it is tied to have one maker of their weight, and so one weight.
-                        if (key := id(override.weight)) not in copies:
-                            dense = stored_weight(module, self._to(override.weight()))
-                            copies[key] = nn.Parameter(dense, requires_grad=False)
-                        new = copies[key]
-                    else:
-                        new = copies.setdefault(id(parameter), nn.Parameter(self._own(parameter), requires_grad=False))
-                    module._parameters[name] = new
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and buffer.device != self.device:
-                        put_back.append((module._buffers, name, buffer))
-                        module._buffers[name] = buffer.to(self.device)
-                if override is not None and override.activation is not None:
-                    handles.append(module.register_forward_pre_hook(_rounds_input(override)))
-                if override is not None and override.cache:
-                    handles.append(round_parts(module, override.cache))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for table, name, old in put_back:
-                table[name] = old
+                if override is not None and override.weight is not None and name == "weight":
+                    # A head and the table that it is tied to have one maker of their weight, and so one weight.
+                    if (key := id(override.weight)) not in copies:
+                        dense = stored_weight(module, self._to(override.weight()))
+                        copies[key] = nn.Parameter(dense, requires_grad=False)
+                    new = copies[key]
+                else:
+                    new = copies.setdefault(id(parameter), nn.Parameter(self._own(parameter), requires_grad=False))
+                places.append((module._parameters, name, new))
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device:
+                    places.append((module._buffers, name, buffer.to(self.device)))
+            if override is not None and override.activation is not None:
+                hooks.append(functools.partial(module.register_forward_pre_hook, _rounds_input(override)))
+            if override is not None and override.cache:
+                hooks.append(functools.partial(round_parts, module, override.cache))
+        return places, hooks
 
     @contextlib.contextmanager
     def computing(self, dtype: torch.dtype) -> Iterator[None]:
@@ -324,7 +370,7 @@ class Stream:
     def leave(self, hidden: Any, batch: Any) -> Tensor:
         """The model's output for what the last block returned. Needs `outer()`."""
         if self._list is None:
-            return torch.as_tensor(hidden)
+            return torch.as_tensor(hidden).to(self.device)
         with self._stubs(hidden.to(self.device), stop_at=None):
             return self.forward(self.module, batch)
 
@@ -385,6 +431,19 @@ def _run_in_order(calls: list[list[tuple[int, int]]]) -> bool:
         return False
     flat = [call[0] for call in calls]
     return all(one[1] == following[0] for one, following in itertools.pairwise(flat))
+
+
+def _weight_hooks(module: nn.Module, make: Callable[[], Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Before and after a call: puts the made weight in the place of the module's own, and that back."""
+    own: Any = module.weight
+
+    def fill(*_: Any) -> None:
+        module._parameters["weight"] = nn.Parameter(stored_weight(module, make()).to(own), requires_grad=False)
+
+    def empty(*_: Any) -> None:
+        module._parameters["weight"] = own
+
+    return fill, empty
 
 
 def _rounds_input(override: Override) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

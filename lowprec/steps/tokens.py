@@ -9,8 +9,10 @@ import torch
 from lowprec.records import digest
 
 BATCH_TOKENS = 512
-PORTION_TOKENS = 65_536
-"""Of text that is judged at a time; each portion makes the weights of all blocks once more."""
+PORTION_TOKENS = 32_768
+"""Whose hidden states are held at a time, over all models that are compared; each portion of text makes the weights of
+all blocks once more.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +145,15 @@ def windows_of(batch: Any) -> list[tuple[slice, Any]]:
     return [(r, Batch(ids=batch.ids[r], lengths=batch.lengths[r], index=batch.index[r])) for r in rows]
 
 
-def portions_of(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Batches of about PORTION_TOKENS each, for passes that hold what a model makes of all of their text."""
-    portions: list[list[Batch]] = [[]]
+def portions_of(batches: Sequence[Any], models: int = 1) -> list[list[Any]]:
+    """The batches in parts, for passes that hold what so many models make of all of their text.
+
+    Batches of the user's own kind are one portion.
+    """
+    portions: list[list[Any]] = [[]]
     for batch in batches:
-        if sum(int(b.ids.numel()) for b in portions[-1]) >= PORTION_TOKENS:
+        held = sum(int(b.ids.numel()) for b in portions[-1] if isinstance(b, Batch))
+        if held * models >= PORTION_TOKENS:
             portions.append([])
         portions[-1].append(batch)
     return portions
