@@ -17,6 +17,7 @@ from lowprec.solvers import SOLVERS, LayerStatistics
 from lowprec.solvers.asymmetric import retargeted
 from lowprec.solvers.latent import LARGEST_OFFSET, latent_codes
 from lowprec.solvers.two_sided import ROWS
+from lowprec.steps.backward import backward
 from lowprec.steps.calibrate import Calibration, Gather
 from lowprec.steps.compensate import Compensation
 from lowprec.steps.graph import find_groups
@@ -338,8 +339,10 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
     assert set(found) == {g.name for g in inside}
     group = next(g for g in inside if g.block == 1)
     model = tiny.decoder(name).float()
-    generator, squares, outer = torch.Generator().manual_seed(4), [], [torch.zeros(())] * len(group.layers)
-    for batch in some:
+    generator, squares, outer = torch.Generator().manual_seed(4), {}, [torch.zeros(())] * len(group.layers)
+    order = torch.randperm(2, generator=torch.Generator().manual_seed(4)).tolist()
+    for position in order:
+        batch = some[position]
         outputs: list[Tensor] = []
         handles = [
             model.get_submodule(layer).register_forward_hook(lambda m, a, y, o=outputs: o.append(y))
@@ -347,11 +350,11 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
         ]
         likelihood = Tokens().sampled_log_likelihood(model(batch.ids).logits, batch, generator)
         gradients = torch.autograd.grad(likelihood, outputs)
-        squares.append(torch.stack([g.square().mean(-1) for g in gradients]).sum(0) * batch.mask())
+        squares[position] = torch.stack([g.square().mean(-1) for g in gradients]).sum(0) * batch.mask()
         outer = [o + g.flatten(0, -2).T @ g.flatten(0, -2) for o, g in zip(outer, gradients, strict=True)]
         for handle in handles:
             handle.remove()
-    flat = torch.cat([s[b.mask()] for s, b in zip(squares, some, strict=True)])
+    flat = torch.cat([squares[p][b.mask()] for p, b in enumerate(some)])
     expected = (flat / flat.mean()).clamp(0.05, 20).sqrt()
     weights = torch.cat([w[b.mask()] for w, b in zip(found[group.name], some, strict=True)])
     assert float(weights.mean()) == pytest.approx(1.0, rel=1e-4)
@@ -362,12 +365,30 @@ def test_tokens_weigh_as_their_gradients_say(name: str) -> None:
         assert float(known.trace() / wanted.trace()) == pytest.approx(1.0, rel=0.2)
 
 
-def test_what_is_known_of_outputs_is_gathered_over_the_first_tokens_alone() -> None:
+def test_what_is_known_of_outputs_is_gathered_over_some_tokens_of_drawn_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stream = Stream(tiny.decoder(), decoder_forward, batches(1, 0)[0])
     groups, _ = find_groups(stream)
+    some = batches(8, 3)
+    real = [int(batch.mask().sum()) for batch in some]
+    monkeypatch.setattr("lowprec.steps.importance.OUTPUT_TOKENS", sum(real) // 3)
+    drawn = torch.randperm(8, generator=torch.Generator().manual_seed(4)).tolist()
+    wanted = next(n for n in range(1, 9) if sum(real[p] for p in drawn[:n]) >= sum(real) // 3)
+    passed: list[list[Batch]] = []
+
+    def backward_of(stream: Stream, given: list[Batch], *rest: Any) -> None:
+        passed.append(list(given))
+        backward(stream, given, *rest)
+
+    monkeypatch.setattr("lowprec.steps.importance.backward", backward_of)
     kept: list[str] = []
-    token_importance(stream, groups, batches(8, 3), Tokens(), 4, lambda g, _: kept.append(g.name))
+    found = token_importance(stream, groups, some, Tokens(), 4, lambda g, _: kept.append(g.name))
     assert sorted(kept) == sorted(g.name for g in groups if g.block is not None), "each once"
+    assert [id(batch) for batch in passed[0]] == [id(some[p]) for p in drawn[:wanted]]
+    assert sorted(id(batch) for given in passed for batch in given) == sorted(map(id, some))
+    for weights in found.values():
+        assert [w.shape for w in weights] == [batch.ids.shape for batch in some], "in the order of the text"
 
 
 def test_outputs_of_wide_layers_are_known_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from lowprec.artifacts.probe import check_probe
 from lowprec.artifacts.safetensors_io import load_tensors
 from lowprec.errors import ArtifactError, ConfigError, DataError, ModelError
 from lowprec.formats import scheme_named
+from lowprec.pipeline.mixes import MeasuredMix, Mixes
 from lowprec.records import Budget, Workload
 from lowprec.report import report_from_json
 from lowprec.results import REUSED, Report
@@ -176,20 +177,47 @@ def test_killed_at_ten_random_moments_the_plan_is_the_same(place: Path, tmp_path
             assert (out / "model" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_mix_is_healed_when_asked_for_and_never_measures_worse(place: Path, tmp_path: Path) -> None:
-    effort = dataclasses.replace(tiny.EFFORT, compensated=True)
-    out = tmp_path / "out"
+@pytest.mark.parametrize("compensated", [True, False])
+def test_a_mix_is_healed_when_asked_for_and_never_measures_worse(
+    place: Path, tmp_path: Path, compensated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = dataclasses.replace(tiny.EFFORT, compensated=compensated)
+    out, tried, measure = tmp_path / "out", [], Mixes._measure
+
+    def noted(self: Mixes, *given: Any) -> MeasuredMix:
+        found = measure(self, *given)
+        if found.rounding == "healed":
+            # So little text heals nothing: what is chosen and made again is to be a healed mix all the same.
+            upper = 0.9 * min(one.measured.upper for one in tried if one.mix == found.mix)
+            found = dataclasses.replace(found, measured=dataclasses.replace(found.measured, upper=upper))
+        tried.append(found)
+        return found
+
+    monkeypatch.setattr(Mixes, "_measure", noted)
     # Of KL all budgets take the same text.
     budgets = [Budget(metric="kl", limit=limit, kind="absolute") for limit in (0.3, 0.003)]
-    report, _ = (
-        run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, budget=budget) for budget in budgets
-    )
+
+    def codes() -> dict[str, Any]:
+        return read_back(out / "model")
+
+    report = run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, budget=budgets[0])
+    first = codes()
+    run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, budget=budgets[1])
     measured = json.loads((out / "measured.json").read_text())["record"]
-    assert {m["rounding"] for m in measured} <= {"plain", "compensated", "healed"}
-    assert any(m["rounding"] != "plain" for m in measured)
+    for mix in measured:
+        bounds = {one.rounding: one.measured.upper for one in tried if one.mix == mix["mix"]}
+        assert "healed" in bounds
+        assert bounds[mix["rounding"]] == min(bounds.values())
+    assert any(m["rounding"] == "healed" for m in measured)
     assert report.plan.solver.rpartition(", ")[2] in {m["rounding"] for m in measured}
     mixes = {m["mix"] for m in measured}
     assert len(_mixes_kept(out)) <= 1 < len(mixes), "what only other mixes needed is gone"
+    again = run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, budget=budgets[0])
+    assert again.plan.groups == report.plan.groups
+    assert again.plan.solver == report.plan.solver
+    for layer, weight in codes().items():
+        assert torch.equal(weight.codes, first[layer].codes), "made again as it was measured"
+        assert torch.equal(weight.scale, first[layer].scale)
     run(place / "model", out, place / "text.jsonl", effort=effort, heal=True, budget="1%")
     assert len(_mixes_kept(out)) <= 1, "a small budget's tuning text is another one: earlier mixes are not known there"
 

@@ -93,6 +93,58 @@ def test_layers_are_groups_of_their_own_where_nothing_fuses_them() -> None:
     assert {layer for g in groups for layer in g.layers} == set(stream.layers)
 
 
+class Routed(nn.Module):
+    """A block whose experts are given the tokens that a router sends them; `heads` are not experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(64, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(4))
+        self.heads = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 64] -> the same."""
+        tokens, chosen = x.flatten(0, 1), self.router(x).flatten(0, 1).argmax(-1)
+        mixed = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            if (rows := (chosen == number).nonzero().flatten()).numel():
+                mixed[rows] = expert(tokens[rows])
+        return x + mixed.view_as(x) + sum(head(x) for head in self.heads)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_layers_that_a_router_chooses_between_stay_and_say_why(cut: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList(Routed() for _ in range(2))
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        for block in module.blocks:
+            x = block(x if cut else x + 1.0)
+        return x
+
+    stream = Stream(model, forward, torch.randn(1, 8, 64))
+    assert stream.whole != cut
+    groups, unquantised = find_groups(stream)
+    taken = {layer for group in groups for layer in group.layers}
+    assert taken == {f"blocks.{i}.{name}" for i in range(2) for name in ("router", "heads.0", "heads.1")}
+    routed = {u.name for u in unquantised if u.reason.startswith("a router decides")}
+    assert routed == {f"blocks.{i}.experts.{e}.{n}" for i in range(2) for e in range(4) for n in (0, 2)}
+
+
+def test_a_model_of_vectors_has_no_router() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        for block in module.blocks:
+            x = block(x)
+        return x
+
+    groups, _ = find_groups(Stream(model, forward, torch.randn(2, 8)))
+    assert len(groups) == 3
+
+
 def test_gpt2_conv1d_has_its_width_the_right_way_round() -> None:
     stream = Stream(tiny.decoder("gpt2"), decoder_forward, tiny.batch(1, 8))
     groups, _ = find_groups(stream)

@@ -250,6 +250,31 @@ def test_where_outputs_are_no_vocabulary_rows_matter_by_how_often_they_are_read(
     assert found[[7, 9]].tolist() == [12, 4]
 
 
+class Bag(nn.Module):
+    """The mean of what is read, padding included, without blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(tiny.WORDS, 64), nn.Linear(64, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, 4]."""
+        return self.out(self.words(ids).mean(1))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_padding_is_not_read_and_a_model_without_blocks_reads_too(whole: bool) -> None:
+    model, forward = (Bag(), lambda m, b: m(b.ids)) if whole else (tiny.encoder(), sentence_forward)
+    stream = Stream(model, forward, batches(1)[0])
+    assert stream.whole == whole
+    words = next(g for g in find_groups(stream, embeddings=True)[0] if "word" in g.name)
+    ids = (torch.tensor([7, 7, 9]), torch.tensor([9]))
+    data = TokenSet(ids=ids, units=(0, 1), sources=(0, 0), documents=("d", "e"), source_names=("s",))
+    assert len(data.batches()) == 1, "the shorter one is padded"
+    found = token_frequency(stream, words, data)
+    assert {row: int(found[row]) for row in found.nonzero().flatten().tolist()} == {7: 2, 9: 2}
+
+
 # Embeddings that nothing is tied to
 
 

@@ -47,8 +47,8 @@ class Method:
 class Cost:
     """What a method took: `seconds` from the loaded to the rounded model, `peak_bytes` of its process.
 
-    `processor_seconds` are those of all threads together, `loaded_bytes` what libraries and the loaded model take; None
-    of methods that ran before they were counted.
+    `processor_seconds` are those of all threads together, `loaded_bytes` what libraries and the loaded model take,
+    `machine` and `commit` what it ran on and of; None of methods that ran before that was noted.
     """
 
     method: str
@@ -56,6 +56,8 @@ class Cost:
     processor_seconds: float | None
     peak_bytes: int
     loaded_bytes: int | None
+    machine: str | None
+    commit: str | None
 
 
 def cost_of(method: Method, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +68,8 @@ def cost_of(method: Method, measured: Mapping[str, Any]) -> dict[str, Any]:
         "processor_seconds": measured.get("processor_seconds"),
         "peak_bytes": measured["peak_bytes"],
         "loaded_bytes": measured.get("loaded_bytes"),
+        "machine": measured.get("machine"),
+        "commit": measured.get("commit"),
     }
 
 

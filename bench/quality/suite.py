@@ -7,11 +7,13 @@ Every method runs in a process of its own (peers with the interpreter of their o
 and hands back the weights that it would compute with (one that turned the model first, all of it); those are judged
 here, in one runtime, against the same reference: decoders by perplexity, sentence encoders by how far embeddings move.
 A method whose result is in the folder already is neither run nor judged again. A decoder's head, an encoder's pooler
-and all embeddings stay as they are. Intervals are those of the judge: 95 %, over units of text, paired with the
+and all embeddings stay as they are. Ours are rounded by `gptq-quick`, which searches each grid once, as `--effort fast`
+does; `balanced` and `best` take `gptq`. Intervals are those of the judge: 95 %, over units of text, paired with the
 reference.
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -45,7 +47,7 @@ GRID = re.compile(r"w(\d)a\d+-g(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """One of lowprec's lines.
+    """One of lowprec's lines; `solver` is not in its name, as all that are not rounded plainly have the same.
 
     Attributes:
         kind: the rounding's name; its `solver`, `steps` of learned rounding, and `passes` of healing.
@@ -90,6 +92,7 @@ OURS = (
     replace(COMPENSATED, scheme="w4a16-g64", two_sided=True),
     replace(COMPENSATED, scheme="w4a16-g64", rotated=True),
     replace(COMPENSATED, scheme="w4a16-g64", two_sided=True, rotated=True),
+    replace(COMPENSATED, scheme="w4a16-g64", weighted=True, two_sided=True, rotated=True),
     replace(LEARNED, scheme="w4a16-g64"),
     replace(HEALED, scheme="w4a16-g64"),
     replace(HEALED, scheme="w4a16-g64", smoothed=True),
@@ -107,6 +110,7 @@ OURS = (
     replace(COMPENSATED, scheme="w3a16-g64"),
     replace(HEALED, scheme="w3a16-g64"),
     replace(COMPENSATED, scheme="w3a16-g64", two_sided=True, rotated=True),
+    replace(COMPENSATED, scheme="w3a16-g64", weighted=True, two_sided=True, rotated=True),
     replace(HALF, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(HEALED, scheme="w3a16-g64", two_sided=True, rotated=True),
     replace(PLAIN, scheme="w8a16"),
@@ -202,13 +206,29 @@ def prepare(model: Model, folder: Path, tokens: int, window: int) -> TokenSet:
 
 
 def run(method: Method, folder: Path) -> Path:
-    """Runs the method unless its result is there; returns its folder."""
+    """Runs the method unless its result is there, and notes where; returns its folder."""
     out = folder / method.name.replace(",", "").replace(" ", "-")
     if not (out / MEASURED).exists():
         given = [str(folder / "model"), str(folder / "calibration.safetensors"), str(out)]
         command = [method.python, str(HERE / method.worker), *given, *method.arguments]
         subprocess.run(command, check=True)
+        measured = json.loads((out / MEASURED).read_text())
+        (out / MEASURED).write_text(canonical_json({**measured, "machine": _machine(), "commit": _commit()}))
     return out
+
+
+def _machine() -> str:
+    """Processor, its cores, and how busy they were in the last minutes."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f}"
+
+
+def _commit() -> str | None:
+    """Of lowprec, where this is a checkout."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, check=False, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def show(bench: Decoders | Encoders, results: list[Cost], console: Console) -> None:
@@ -226,7 +246,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where results and intermediate files go.")] = Path(".bench/quality"),
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON of a peer's environment; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text to judge by.")] = 18_000,
-    only: Annotated[str, typer.Option(help="Run the methods whose name holds this.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Run methods whose name holds this; repeatable.")] = None,
     skip: Annotated[str, typer.Option(help="Leave out those whose name holds this.")] = "",
 ) -> None:
     """Runs the suite."""
@@ -235,7 +255,7 @@ def main(
     kind, ours = (Decoders, OURS) if loaded.kind == "decoder" else (Encoders, OURS_OF_ENCODERS)
     judged = prepare(loaded, out, tokens, kind.window)
     known = methods(interpreters(peer or []), ours)
-    wanted = [m for m in known if only in m.name and not (skip and skip in m.name)]
+    wanted = [m for m in known if any(o in m.name for o in only or [""]) and not (skip and skip in m.name)]
     folders = {method.name: run(method, out) for method in wanted}
     bench = kind(loaded, judged, out / "packages")
     results: list[Cost] = []

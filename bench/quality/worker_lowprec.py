@@ -7,7 +7,7 @@ rounding in each block, 0 for none; PASSES of healing follow, 0 for none, 0.5 fo
 scales are merged between the layers first, WEIGH when calibration tokens weigh as their gradients say, TWO_SIDED when
 rows make up for each other's errors, ROTATE when hidden states and heads are turned before: the whole turned model is
 then saved in OUT/model. A decoder's head and an encoder's pooler stay as they are. These are the steps that `lowprec
-calibrate` takes for each mix.
+calibrate` takes for each mix, but for its gate: what healing or learning makes worse is kept here.
 """
 
 import sys

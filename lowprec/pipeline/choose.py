@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import QuantizedWeight, scheme_named
-from lowprec.pipeline.mixes import PLAIN, Mixes, lower_level
+from lowprec.pipeline.mixes import COMPENSATED, Mixes, lower_level
 from lowprec.pipeline.prepare import Prepared
 from lowprec.pipeline.price import Priced
 from lowprec.pipeline.score import Scored
@@ -102,7 +102,7 @@ def choose(scored: Scored, priced: Priced) -> Chosen:
     """Allocates, verifies, rounds; writes plan.json and the solved groups."""
     mixes = Mixes(scored)
     verified = _verify(scored, priced, mixes)
-    plan = _plan(scored, priced, verified, mixes.rounding_of(verified.chosen.allocation.scheme_of()))
+    plan = _plan(scored, priced, verified, mixes.roundings_of(verified.chosen.allocation.scheme_of()))
     merges = _merges(scored, plan)
     # What a ladder is made of is kept for the stage that makes it, or a run that was cut would round it again.
     beside = [lower_level(scored)] if scored.prepared.context.settings.ladder else []
@@ -168,7 +168,7 @@ def _say_how_far(prepared: Prepared, verified: Verified) -> None:
     )
 
 
-def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> PrecisionPlan:
+def _plan(scored: Scored, priced: Priced, verified: Verified, roundings: Sequence[str]) -> PrecisionPlan:
     """The chosen mix as a record, written to plan.json."""
     prepared, chosen = scored.prepared, verified.chosen
     context, settings = prepared.context, prepared.context.settings
@@ -180,7 +180,7 @@ def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> 
         workload=settings.workload,
         target=settings.target,
         objective=settings.objective,
-        solver=solver_of(settings.effort, rounding),
+        solver=solver_of(settings.effort, roundings),
         predicted_loss=shown(context.metric.budget, chosen.predicted),
         predicted_cost=chosen.allocation.cost,
         input_digests=tuple(sorted({**prepared.inputs, "tuning": prepared.tuning.data.digest}.items())),
@@ -189,12 +189,11 @@ def _plan(scored: Scored, priced: Priced, verified: Verified, rounding: str) -> 
     return plan
 
 
-def solver_of(effort: Effort, rounding: str) -> str:
+def solver_of(effort: Effort, roundings: Sequence[str]) -> str:
     """What the weights were rounded by, for the report."""
-    if rounding == PLAIN:
-        return effort.solver
     parts = {"weighted": effort.weighted, "two-sided": effort.two_sided, "learned": effort.learning_steps > 0}
-    return ", ".join([effort.solver, *(name for name, on in parts.items() if on), rounding])
+    compensated = [name for name, on in parts.items() if on and COMPENSATED in roundings]
+    return ", ".join([effort.solver, *compensated, *roundings[-1:]])
 
 
 def _solve_inputs(prepared: Prepared, plan: PrecisionPlan) -> dict[str, str]:

@@ -88,8 +88,8 @@ def planes(levels: Levels) -> dict[str, NestedWeight]:
     mixes = Mixes(chosen.scored)
     with context.progress.step("lower level"):
         solved = mixes.kept(levels.lower)
-    groups, rounding = tuple(levels.lower.items()), mixes.rounding_of(levels.lower)
-    plan = replace(chosen.plan, groups=groups, solver=solver_of(context.settings.effort, rounding))
+    groups, roundings = tuple(levels.lower.items()), mixes.roundings_of(levels.lower)
+    plan = replace(chosen.plan, groups=groups, solver=solver_of(context.settings.effort, roundings))
     base = replace(chosen, plan=plan, merges=(), solved=solved)
     scratch = Scratch(context.folder.path / "work-nest", digest(*levels.inputs.values()))
     with context.progress.step("nest", prepared.stream.depth + 1, "blocks") as step:

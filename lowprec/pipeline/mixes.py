@@ -2,8 +2,9 @@
 
 A mix has up to three roundings: *plain*, as calibration rounded each group by itself; *compensated*
 (`lowprec.steps.compensate`), with learned rounding where the effort says so; *healed* (`lowprec.steps.heal`), which
-starts from the better of those. Each is measured, and the one of the least upper bound stands for the mix, so none is
-ever worse than what it started from.
+starts from the better of those. Plain is left out where compensation already loses less than plain is predicted to.
+What is made is measured, and the one of the least upper bound stands for the mix, so it is never worse than what it
+started from.
 """
 
 import dataclasses
@@ -47,11 +48,20 @@ LEFT_OF_KL = {PLAIN: 1.0, COMPENSATED: 0.5, HEALED: 0.5}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredMix:
-    """What one mix lost on tuning data, in the better of its roundings; kept so that no mix is measured twice."""
+    """What one mix lost on tuning data, in the better of its roundings; kept so that no mix is measured twice.
+
+    `start` is what a healed one was healed from.
+    """
 
     mix: str
     rounding: str
     measured: Measured
+    start: str | None = None
+
+    @property
+    def roundings(self) -> tuple[str, ...]:
+        """One on top of the other."""
+        return tuple(name for name in (self.start, self.rounding) if name not in (None, PLAIN))
 
 
 def lower_level(scored: Scored) -> dict[str, str]:
@@ -140,7 +150,9 @@ class Mixes:
         kinds = (effort.compensated, effort.weighted, effort.two_sided, effort.learning_steps)
         rounding = {"rounding": " ".join(map(str, kinds)) + f" {settings.healing_passes:g}"}
         self._inputs = {**prepared.inputs, **rounding, "tuning": prepared.tuning.data.digest}
-        self._measured_inputs = {**self._inputs, "metric": prepared.metric_key}
+        # What an earlier version did not write of a mix is not to be guessed.
+        fields = " ".join(MeasuredMix.__dataclass_fields__)
+        self._measured_inputs = {**self._inputs, "metric": prepared.metric_key, "fields": fields}
         folder = prepared.context.folder
         known = folder.read_step("measured", self._measured_inputs, tuple[MeasuredMix, ...]) or ()
         self._measured: dict[str, MeasuredMix] = {m.mix: m for m in known}
@@ -185,16 +197,23 @@ class Mixes:
         never = self.expected == PLAIN
         return Correction(improved=(lambda *_: False) if never else improved, prior=LEFT_OF_KL[self.expected])
 
-    def rounding_of(self, schemes: Mapping[str, str]) -> str:
-        """Which of its roundings a mix was best in; plain for one that was never measured, as the reference is."""
+    def roundings_of(self, schemes: Mapping[str, str]) -> tuple[str, ...]:
+        """In which of its roundings a mix was best, one on top of the other; none for plain, and for a mix that was
+        never measured, as the reference is.
+        """
         found = self._measured.get(_name_of(schemes))
-        return found.rounding if found else PLAIN
+        return found.roundings if found else ()
+
+    def _chosen(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        """The mix in the rounding that it was best in."""
+        found = self._measured.get(_name_of(schemes))
+        return self._rounded(schemes, found.rounding, found.start) if found else self._plain(schemes)
 
     def solved(
         self, schemes: Mapping[str, str], beside: Sequence[Mapping[str, str]] = ()
     ) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding; forgets what only others needed than those `beside` it."""
-        solved = self._rounded(schemes, self.rounding_of(schemes))
+        solved = self._chosen(schemes)
         folder = self._prepared.context.folder
         kept = {_name_of(self._of_weights(mix)) for mix in (schemes, *beside)}
         # Also those of earlier budgets, whose measurements on another text are not known any more.
@@ -206,13 +225,14 @@ class Mixes:
     def kept(self, schemes: Mapping[str, str]) -> dict[str, QuantizedWeight]:
         """Codes and scales of the mix, in its best rounding, which is found now if need be; forgets nothing."""
         self.measure(Allocation(schemes=tuple(schemes.items()), loss=0.0, cost=0.0))
-        solved = self._rounded(schemes, self.rounding_of(schemes))
+        solved = self._chosen(schemes)
         self._forget()
         return solved
 
     def _forget(self) -> None:
-        """What is on disk for mixes that are still to come."""
+        """What is on disk for mixes that are still to come; who rounds one after all gathers it again."""
         self._outputs.clear()
+        self.__dict__.pop("_importance", None)
         self._tuning.clear()
 
     def _better(self, schemes: Mapping[str, str]) -> MeasuredMix:
@@ -235,7 +255,7 @@ class Mixes:
             )
         return chosen
 
-    def _measure(self, schemes: Mapping[str, str], rounding: str, start: str = COMPENSATED) -> MeasuredMix:
+    def _measure(self, schemes: Mapping[str, str], rounding: str, start: str | None = None) -> MeasuredMix:
         prepared = self._prepared
         if rounding == PLAIN:
             overlay: Overlay = self._scored.overlay(schemes)
@@ -245,12 +265,14 @@ class Mixes:
                 **overlay_of(prepared.groups, _schemes(schemes), solved, self._scored.calibration),
                 **prepared.caches.overlay(schemes),
             }
-        return MeasuredMix(mix=_name_of(schemes), rounding=rounding, measured=self._tuning.measure(overlay))
+        measured = self._tuning.measure(overlay)
+        return MeasuredMix(mix=_name_of(schemes), rounding=rounding, measured=measured, start=start)
 
     def _rounded(
-        self, schemes: Mapping[str, str], rounding: str, start: str = COMPENSATED
+        self, schemes: Mapping[str, str], rounding: str, start: str | None = None
     ) -> dict[str, QuantizedWeight]:
         if rounding == HEALED:
+            assert start is not None
             return self._healed(schemes, start)
         return self._compensated(schemes) if rounding == COMPENSATED else self._plain(schemes)
 
@@ -310,10 +332,10 @@ class Mixes:
         return (self._outputs.load(group.name) or ()) if self._prepared.context.settings.effort.two_sided else ()
 
     def _healed(self, schemes: Mapping[str, str], start: str) -> dict[str, QuantizedWeight]:
-        """Healed from `start`; read back where an earlier run has written it, whatever it started from."""
+        """Healed from `start`; read back where an earlier run has written it."""
         context, groups = self._prepared.context, self._prepared.groups
         mix = _name_of(self._of_weights(schemes))
-        inputs = {**self._inputs, "mix": mix}
+        inputs = {**self._inputs, "mix": mix, "start": start}
         quantised = [g for g in groups if scheme_named(schemes[g.name]).weight]
         kept = [context.folder.read_solved(f"{g.name}@{HEALED}{mix}", inputs) for g in quantised]
         if all(found is not None for found in kept):

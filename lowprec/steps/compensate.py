@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.artifacts.folder import RunFolder
+from lowprec.errors import ModelError
 from lowprec.formats import QuantizedWeight
 from lowprec.records import Group, Scheme
 from lowprec.solvers import LayerStatistics
@@ -63,6 +64,11 @@ class _Paired(Gather):
         """Adds the real rows of x [B, T, K] or [B, K], and of what the reference had in their place."""
         super().add(group, x)
         mine, theirs = self.rows(x), self.rows(self._reference[self.position])
+        if len(mine) != len(theirs):
+            raise ModelError(
+                f"{group.name} is given {len(mine)} rows where the layers before it are rounded, else {len(theirs)}: a "
+                "router decides which; give --effort fast, which rounds each layer by itself"
+            )
         if self._drift is None:
             self._drift = torch.zeros(mine.shape[1], mine.shape[1], device=mine.device)
         with products_of(x.dtype):

@@ -13,10 +13,9 @@ text; KL in nats over 3 k tokens each of (technical, literature, code, exam ques
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowprec.records import Group
 from lowprec.steps.measure import run_through
@@ -38,26 +37,14 @@ def token_frequency(stream: Stream, group: Group, data: TokenSet, tokens: int = 
             with stream.outer():
                 output = stream.leave(hidden, batch)
             if output.ndim != 3 or output.shape[-1] != group.n:
-                return _reads(stream, group, batches)
+                return _reads(group, batches)
             for likely in torch.split(output[batch.mask()], ROWS_AT_ONCE):
                 total += likely.float().softmax(-1).sum(0).cpu()
                 events += len(likely)
     return total / events
 
 
-def _reads(stream: Stream, group: Group, batches: Sequence[Batch]) -> Tensor:
+def _reads(group: Group, batches: Sequence[Batch]) -> Tensor:
     """[N] float32, how often each row was read."""
-    counts = torch.zeros(group.n)
-
-    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        counts.add_(torch.bincount(args[0].flatten().cpu(), minlength=group.n))
-
-    handles = [stream.tables[name].register_forward_pre_hook(count) for name in group.tables]
-    try:
-        with stream.outer():
-            for batch in batches:
-                stream.enter(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+    ids = torch.cat([batch.ids[batch.mask()] for batch in batches])
+    return torch.bincount(ids, minlength=group.n).float()

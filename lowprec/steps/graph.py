@@ -8,6 +8,8 @@ embedding that shares its weight into its group, since the two are stored as one
 to is a group of its own.
 """
 
+import re
+
 import torch
 from torch import nn
 
@@ -18,6 +20,9 @@ from lowprec.steps.stream import Stream
 
 # Of the model's parameters: smaller embeddings are not worth codes.
 SMALLEST_EMBEDDING = 0.01
+ROUTED = "a router decides which tokens it is given, not supported yet"
+# Of a module in a list: .experts.3.
+MEMBER = re.compile(r"\.\d+(?=\.|$)")
 ROLES = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down", "lm_head")
 
 
@@ -33,9 +38,10 @@ def find_groups(
     """
     members: dict[tuple[str, int | str], list[str]] = {}
     refused: dict[str, str] = {}
+    routed = _routed(stream)
     for name in stream.layers:
         calls = stream.calls[name]
-        reason = _unusable(name, len(calls), stream)
+        reason = ROUTED if name in routed else _unusable(name, len(calls), stream)
         if reason:
             refused[name] = reason
         else:
@@ -48,6 +54,29 @@ def find_groups(
     shared = {table for group in ordered for table in group.tables}
     taken = [n for g in ordered for n in g.layers]
     return tuple(ordered), _unquantised(stream.module, taken, shared, refused, stored)
+
+
+def _routed(stream: Stream) -> set[str]:
+    """Layers of modules in a list between which a router chooses, as experts are: each is given some rows only.
+
+    The layers in one place of such modules are given no sequences, but each another number of rows, or a number that is
+    neither that of the sequences nor that of their tokens; or one of them is given all tokens, and another nothing.
+    """
+    sequences = [shape for given in stream.given.values() for shape in given if len(shape) > 1]
+    known, tokens = {shape[0] for shape in sequences}, {shape.numel() for shape in sequences}
+    alike: dict[str, list[str]] = {}
+    for name in stream.layers:
+        block = stream.block_of(name)
+        start = 0 if block is None else len(stream.block_names[block])
+        for member in MEMBER.finditer(name, start):
+            alike.setdefault(f"{name[: member.start()]}.*{name[member.end() :]}", []).append(name)
+    found: set[str] = set()
+    for names in alike.values():
+        rows = {shape.numel() for name in names for shape in stream.given[name] if len(shape) == 1}
+        idle = any(not stream.given[name] for name in names)
+        if len(rows) > 1 or (known and rows - known - (set() if idle else tokens)):
+            found |= set(names)
+    return found
 
 
 def _unusable(name: str, calls: int, stream: Stream) -> str | None:

@@ -53,6 +53,8 @@ from lowprec.steps.stream import Call, Overlay, Override, Stream, fast_dtype
 from lowprec.steps.tokens import rows_of_batch, windows_of
 
 RATE = 0.022
+# A little above what INT3 of the demo heals best at. Without probabilities the divergence has a unit, and may be huge.
+LARGEST_RATE = 0.015
 STEP_TOKENS = 4096
 WARM_UP_STEPS = 4
 NO_CALL: Call = ((), {})
@@ -151,7 +153,7 @@ class Healing:
             rate = 0.0
             for number, positions in enumerate(steps, start=1):
                 kl_nats = self._gather(scales, self._overlay(scales, fixed), reference, positions)
-                rate = rate or self.rate * math.sqrt(max(kl_nats, 0.0))
+                rate = rate or min(self.rate * math.sqrt(max(kl_nats, 0.0)), LARGEST_RATE)
                 for layer in scales.values():
                     layer.step(number, rate * _schedule(number, len(steps)))
                 trim()
@@ -238,6 +240,7 @@ class Healing:
                 del expected, output, divergence
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 gradients.append(leaf.grad)
+            trim()
         return gradients, total
 
     def _weights(self, scales: Mapping[str, _Scales], layers: Sequence[str]) -> AbstractContextManager[None]:

@@ -24,8 +24,8 @@ sign without running mean at rate 0.01 0.94 in one block and 1.5 in the next; wi
 What it is worth, from a prototype over all 30 blocks (40 steps each; mean of the blocks' errors 0.978: the later a
 block, the more of its error comes from its input), on 5 k tokens each of (technical, literature, code, exam questions):
 KL over all 0.1104 to 0.1085 nats, perplexity +4.3 % +14.8 % +4.8 % +6.8 % to +2.9 % +13.9 % +4.0 % +5.2 %. Healing wins
-about as much (`bench/README.md`) with four passes' work instead of twenty, and what the two win together has not been
-measured: no effort includes learning yet.
+about as much (`bench/README.md`) with a fifth of the work or less, and what the two win together has not been measured:
+no effort includes learning yet.
 """
 
 import itertools

@@ -77,6 +77,7 @@ def compare(reference: Run, candidates: Sequence[Run], batches: Sequence[Any], b
             with mine if len(candidates) > 1 else contextlib.nullcontext(), opened:
                 output = candidate.stream.leave(candidate.hidden[position], batch)
             rows[index].append(by(expected, output, batch).cpu())
+        trim()
     return [torch.cat(found) for found in rows]
 
 

@@ -20,7 +20,10 @@ def give_back_memory() -> None:
 
 
 def trim() -> None:
-    """Lets the C library return free pages, where it can (`malloc_trim` of glibc): for the end of a block or pass."""
+    """Lets the C library return free pages, where it can (`malloc_trim` of glibc).
+
+    For the end of a block, of a pass, and of a batch that had logits.
+    """
     found = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if found is not None:
         found(0)

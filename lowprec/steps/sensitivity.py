@@ -94,7 +94,7 @@ class Effects:
 
     def _kl(self, parts: Sequence[Tensor]) -> tuple[float, float]:
         squares = sum(effect.square() for effect in parts) * 0.5 / self.events.double().mean()
-        return float(squares.mean()), float(squares.std() / max(len(squares) - 1, 1) ** 0.5)
+        return float(squares.mean()), float(squares.std(correction=0) / max(len(squares) - 1, 1) ** 0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +131,7 @@ class _Pass:
                 likelihood = self.sampled(self.stream.leave(given, batch), position)
                 gradients.append(torch.autograd.grad(likelihood, given)[0])
                 rows.append(probe.take())
+                trim()
         return rows, gradients
 
     def block(

@@ -128,8 +128,9 @@ class Stream:
 
     `layers` are the linear layers by name, `tables` the embeddings, `weighted` both; an overlay may replace the weights
     of either. `calls` has, for each of them, the address of its input at each call in the trace: layers of one parent
-    that were given the same tensor are fused by runtimes. `token_tables` are the embeddings that were given a tensor of
-    the batch itself, so that each sequence reads rows of its own (which positions do not).
+    that were given the same tensor are fused by runtimes. `given` has the shapes of those inputs without their width.
+    `token_tables` are the embeddings that were given a tensor of the batch itself, so that each sequence reads rows of
+    its own (which positions do not).
 
     Args:
         module: the model; its weights are not changed.
@@ -161,6 +162,7 @@ class Stream:
         self._overlaid = {module: name for name, module in module.named_modules()}
         self._as_tuple = False
         self.calls: dict[str, tuple[int, ...]] = {}
+        self.given: dict[str, tuple[torch.Size, ...]] = {}
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         with self._weighing(overlay):
@@ -192,8 +194,11 @@ class Stream:
         example = moved(example, self.device)
         trace = self._trace(example, blocks)
         given = {tensor.data_ptr() for tensor in _tensors(example)}
-        self.token_tables = tuple(name for name, t in self.tables.items() if any(p in given for p, _ in trace[id(t)]))
-        self.calls = {name: tuple(pointer for pointer, _ in trace[id(layer)]) for name, layer in self.weighted.items()}
+        self.token_tables = tuple(
+            name for name, t in self.tables.items() if any(c.given in given for c in trace[id(t)])
+        )
+        self.calls = {name: tuple(c.given for c in trace[id(layer)]) for name, layer in self.weighted.items()}
+        self.given = {name: tuple(c.shape for c in trace[id(layer)]) for name, layer in self.weighted.items()}
 
         def weights(members: nn.ModuleList) -> int:
             return sum(weight_of(m).numel() for m in members.modules() if m in self._names)
@@ -203,12 +208,12 @@ class Stream:
                 return members, tuple(f"{name}.{i}" for i in range(len(members)))
         return None, ("",)
 
-    def _trace(self, example: Any, blocks: set[int]) -> dict[int, list[tuple[int, int]]]:
-        """Addresses of every block's and layer's (input, output), call by call.
+    def _trace(self, example: Any, blocks: set[int]) -> "dict[int, list[_Called]]":
+        """What every block and layer was given and made, call by call.
 
         Runs the model as it is stored, so that no second copy of it is made.
         """
-        trace: dict[int, list[tuple[int, int]]] = {}
+        trace: dict[int, list[_Called]] = {}
         kept: list[Tensor] = []  # keeps each tensor alive, so that no address is used twice
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -218,7 +223,8 @@ class Stream:
                 self._as_tuple = isinstance(output, tuple)
             if isinstance(given, Tensor) and isinstance(out, Tensor):
                 kept.extend((given, out))
-                trace[id(module)].append((given.data_ptr(), out.data_ptr()))
+                called = _Called(given=given.data_ptr(), made=out.data_ptr(), shape=given.shape[:-1])
+                trace[id(module)].append(called)
 
         handles = []
         for module in self.module.modules():
@@ -425,12 +431,21 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [t for value in batch.values() for t in _tensors(value)] if isinstance(batch, Mapping) else []
 
 
-def _run_in_order(calls: list[list[tuple[int, int]]]) -> bool:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Called:
+    """A call in the trace: addresses of the input and of the output, and the input's shape without its width."""
+
+    given: int
+    made: int
+    shape: torch.Size
+
+
+def _run_in_order(calls: list[list[_Called]]) -> bool:
     """Whether each block ran once, and its output was the next one's input."""
     if any(len(call) != 1 for call in calls):
         return False
     flat = [call[0] for call in calls]
-    return all(one[1] == following[0] for one, following in itertools.pairwise(flat))
+    return all(one.made == following.given for one, following in itertools.pairwise(flat))
 
 
 def _weight_hooks(module: nn.Module, make: Callable[[], Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -18,7 +18,8 @@ from lowprec.records import Group, Scheme
 from lowprec.steps.calibrate import Progress
 from lowprec.steps.linear import weight_of
 from lowprec.steps.places import Places
-from lowprec.steps.stream import Stream, fast_dtype
+from lowprec.steps.stream import Call, Stream, fast_dtype
+from lowprec.steps.tokens import Batch
 from lowprec.transforms import Merge, Smoothed, fit_exponents
 from lowprec.transforms.merge import SMOOTHED_ACTIVATION
 
@@ -50,39 +51,55 @@ def smooth(
             entered = [stream.enter(batch) for batch in (example, *batches)]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
         for index in range(0 if stream.whole else stream.depth):
-            samples: dict[str, list[Tensor]] = {}
+            sampling = _Sampling(stream)
             with stream.block(index):
                 block = _Scaled(stream, index, functools.partial(stream.run, index, hidden[0], calls[0][index]))
                 everywhere = block.found(patterns)
                 patterns = [block.relative(merge) for merge in everywhere]
                 # Where layers of several groups read one tensor, no group can have it scaled alone.
                 merges = [merge for merge in everywhere if frozenset(merge.consumers) in reading]
-                with _sampling(stream, merges, samples):
-                    hidden = [stream.run(index, h, call[index]) for h, call in zip(hidden, calls, strict=True)]
+                with sampling.of([merge.consumers[0] for merge in merges]):
+                    hidden = [
+                        sampling.run(batch, index, h, call[index])
+                        for batch, h, call in zip((example, *batches), hidden, calls, strict=True)
+                    ]
             for merge in merges:
                 group = reading[frozenset(merge.consumers)]
-                found += _fitted(stream, group, merge, samples[merge.consumers[0]], formats[group])
+                found += _fitted(stream, group, merge, sampling.found[merge.consumers[0]], formats[group])
             progress(index + 1, stream.depth)
     return tuple(found)
 
 
-@contextlib.contextmanager
-def _sampling(stream: Stream, merges: Sequence[Merge], samples: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Keeps every merge's x while open, [tokens, K] float32 in parts."""
+class _Sampling:
+    """Keeps the inputs of some layers of a block, [tokens, K] float32 in parts, of real tokens alone."""
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._real: Tensor | None = None
+        self.found: dict[str, list[Tensor]] = {}
+
+    @contextlib.contextmanager
+    def of(self, names: Sequence[str]) -> Iterator[None]:
+        """Samples these layers while open."""
+        handles = [self._stream.layers[name].register_forward_pre_hook(self._keep(name)) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, batch: Any, index: int, hidden: Any, call: Call) -> Any:
+        """What block `index` makes of a batch."""
+        self._real = batch.mask() if isinstance(batch, Batch) else None
+        return self._stream.run(index, hidden, call)
+
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            samples.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).float())
+            x, real = args[0], self._real
+            rows = x.flatten(0, -2) if real is None or real.shape != x.shape[:-1] else x[real.to(x.device)]
+            self.found.setdefault(name, []).append(rows.float())
 
         return hook
-
-    names = [merge.consumers[0] for merge in merges]
-    handles = [stream.layers[name].register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _wanted(scheme: Scheme) -> bool:
