@@ -166,6 +166,18 @@ def test_kernel_contract(k_: Kernel) -> None:
     assert ran or k_.supports(1, 16, 32, group) is not None
 
 
+@pytest.mark.parametrize("pair", slow.KERNELS, ids=lambda k: f"{k.weight}-{k.activation}")
+def test_the_reference_is_the_same_whatever_rows_are_taken_at_a_time(
+    pair: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = operands(pair.weight, 22, 64, 32, static=False, bias=True, by_rows=False)
+    x = _random(3, 64, seed=7)
+    whole = slow.linear64(weight, pair.activation, x)
+    monkeypatch.setattr(slow, "ROWS_AT_ONCE", 8)
+    assert torch.equal(slow.linear64(weight, pair.activation, x), whole)
+    assert whole.shape == (3, 22)
+
+
 def _off_the_line(tensor: Tensor) -> Tensor:
     """The same values eight bytes behind a cache line, as a tensor that is memory-mapped from a file may lie."""
     room = torch.zeros(tensor.nbytes + 72, dtype=torch.uint8)

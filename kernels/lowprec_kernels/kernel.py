@@ -15,8 +15,8 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class Operands:
     def k(self) -> int:
         """Input width."""
         return self.codes.shape[1] if self.group_size is None else self.scales().shape[1] * self.group_size
+
+    def rows(self, which: slice) -> "Operands":
+        """Some of the N rows as a weight of their own."""
+        names = ("codes", "scale", "bias", "zero", "multiples")
+        cut: dict[str, Any] = {name: None if (part := getattr(self, name)) is None else part[which] for name in names}
+        return replace(self, **cut)
 
     def steps(self) -> Tensor:
         """[N] float32: of each row the step that its scales are multiples of."""

@@ -12,6 +12,7 @@ from lowprec_kernels import ops, reference
 from lowprec_kernels.kernel import ActivationKind, Kernel, Operands, State, WeightKind
 
 NAME = "reference"
+ROWS_AT_ONCE = 4096
 
 
 def _always(n: int, k: int, group_size: int | None) -> str | None:
@@ -30,7 +31,15 @@ def _quantized(x: Tensor, activation: ActivationKind, static_scale: Tensor | Non
 
 
 def linear64(operands: Operands, activation: ActivationKind | None, x: Tensor) -> Tensor:
-    """[M, K] -> [M, N] float64: the reference of the pair's op on these operands, which every form is held against."""
+    """[M, K] -> [M, N] float64: the reference of the pair's op on these operands, which every form is held against.
+
+    Some rows of the weight at a time: a head of 49,152 would take a gigabyte in float64.
+    """
+    slices = [slice(start, start + ROWS_AT_ONCE) for start in range(0, operands.n, ROWS_AT_ONCE)]
+    return torch.cat([_linear64(operands.rows(rows), activation, x) for rows in slices], 1)
+
+
+def _linear64(operands: Operands, activation: ActivationKind | None, x: Tensor) -> Tensor:
     if operands.weight == "bf16":
         y = x.to(torch.float64) @ operands.codes.to(torch.float64).t()
         return y if operands.bias is None else y + operands.bias.to(torch.float64)

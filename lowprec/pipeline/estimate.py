@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lowprec.artifacts.compressed_tensors import CONFIG_BYTES
-from lowprec.formats.schemes import ROW_PERCENTS
 from lowprec.settings import Effort, Settings
 from lowprec.steps.importance import OUTPUT_ROWS, OUTPUT_TOKENS
 from lowprec.steps.learn import STEP_TOKENS
@@ -19,7 +18,7 @@ from lowprec.targets import TARGETS, RuntimeTarget
 
 LIBRARIES_BYTES = 0.9e9
 LOGITS_COPIES = 6
-OTHER_FORMATS = 4
+TABLE_FORMATS = 4
 DEPLOYED_COPIES = 3
 PASSES_FORWARD_BACKWARD = 4
 # Of a block's, in float32 where the disk has bfloat16: as gathered, ordered, and factorised.
@@ -66,8 +65,8 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
     depth = max((len(m) for m in module.modules() if isinstance(m, nn.ModuleList)), default=1)
     block = 4.0 * parameters / depth
     embedding = 4.0 * sum(p.numel() for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    # The errors of a table that is quantised as well, in every format at once.
-    tables = 0.5 * embedding * (len(ROW_PERCENTS) + OTHER_FORMATS) if settings.rounds_embeddings else 0.0
+    # The errors of a table that is quantised as well, in every format of its own at once.
+    tables = 0.5 * embedding * TABLE_FORMATS if settings.rounds_embeddings else 0.0
     turned = 4.0 * sum(p.numel() for p in module.parameters()) + embedding if settings.rotate else 0.0
     growth = text_growth(settings.budget)
     samples = (
@@ -75,7 +74,7 @@ def estimate(module: nn.Module, settings: Settings) -> Estimate:
         * hidden
         * max(
             2 * min(effort.held_out_tokens * growth, PORTION_TOKENS),
-            2 * effort.tuning_tokens * growth,
+            2 * min(effort.tuning_tokens * growth, PORTION_TOKENS),
             effort.calibration_tokens + effort.sensitivity_tokens,
         )
     )
