@@ -67,14 +67,14 @@ def compare(reference: Run, candidates: Sequence[Run], batches: Sequence[Any], b
     """[rows of all batches, columns] for each candidate."""
     rows: list[list[Tensor]] = [[] for _ in candidates]
     # Weights of the reference are made once, not once a batch; of candidates as well, unless there are many to hold.
-    mine, theirs = reference.stream.outer(), [_outside(c) for c in candidates]
+    mine = reference.stream.outer()
+    alone = _outside(candidates[0]) if len(candidates) == 1 else None
     for position, batch in enumerate(batches):
         with mine:
             expected = reference.stream.leave(reference.hidden[position], batch)
         for index, candidate in enumerate(candidates):
-            opened = theirs[index] if len(candidates) == 1 else _outside(candidate)
             # Opened within the reference's, weights that both have are not made again.
-            with mine if len(candidates) > 1 else contextlib.nullcontext(), opened:
+            with contextlib.nullcontext() if alone else mine, alone or _outside(candidate):
                 output = candidate.stream.leave(candidate.hidden[position], batch)
             rows[index].append(by(expected, output, batch).cpu())
         trim()
